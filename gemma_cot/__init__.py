@@ -1,0 +1,1 @@
+"""GRPO for Gemma 3 in pure JAX."""

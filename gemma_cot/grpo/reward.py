@@ -1,0 +1,341 @@
+"""Score completions: format, process and outcome rewards, and a user's own reward functions.
+
+Every reward function has the signature of TRL's and Tunix's: lists in, a list out, dataset columns
+as keyword lists; None means "does not apply to this example" and is counted by the caller. Knows
+no weights beyond what --reward states, no tokens and no device. grpo/rollout.py and the
+evaluation call `score`.
+"""
+
+import importlib
+import json
+import math
+import numbers
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from gemma_cot.grpo.answer import answers_match
+
+TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
+CHECKPOINTS_FOR_FULL_SCORE = 5  # 0.2 each
+
+RewardFunction = Callable[..., list]
+
+
+class RewardError(ValueError):
+    """A reward function raised, or returned something that is no list of scores."""
+
+
+# What stands in a completion
+
+# Letters and symbols by category that show nothing: Hangul fillers, the blank Braille pattern.
+_INVISIBLE = {"\u115f", "\u1160", "\u2800", "\u3164", "\uffa0"}
+
+
+def completion_text(completion: object) -> str:
+    """Return the text of a completion: a string, or TRL's list of {"role", "content"} messages."""
+    if isinstance(completion, str):
+        return completion
+    if isinstance(completion, Mapping):
+        content = completion.get("content")
+        return content if isinstance(content, str) else ""
+    if isinstance(completion, (list, tuple)):
+        return "".join(completion_text(part) for part in completion if isinstance(part, Mapping))
+    return ""
+
+
+def split_blocks(text: str) -> tuple[str | None, str | None]:
+    """Return the reasoning and the answer block, None for a block that does not exist.
+
+    A block exists when its opening and its closing tag occur once each, in that order.
+    """
+    return _block(text, *TAGS[:2]), _block(text, *TAGS[2:])
+
+
+def _block(text: str, opening: str, closing: str) -> str | None:
+    """Return what stands between the only `opening` and the only `closing` after it."""
+    if text.count(opening) != 1 or text.count(closing) != 1:
+        return None
+    start, end = text.find(opening) + len(opening), text.find(closing)
+    return text[start:end] if start <= end else None
+
+
+def has_format(text: str) -> bool:
+    """Return whether `text` is exactly one non-blank reasoning and one non-blank answer block."""
+    text = text.strip()
+    reasoning, answer = split_blocks(text)
+    if reasoning is None or answer is None:
+        return False
+    open_reasoning, close_reasoning, open_answer, close_answer = TAGS
+    between = text[text.find(close_reasoning) + len(close_reasoning) : text.find(open_answer)]
+    return (
+        text.startswith(open_reasoning)
+        and text.endswith(close_answer)
+        and text.find(close_reasoning) < text.find(open_answer)
+        and not between.strip()
+        and is_visible(reasoning)
+        and is_visible(answer)
+    )
+
+
+def is_visible(text: str) -> bool:
+    """Return whether `text` holds a letter, digit, punctuation mark or symbol that shows."""
+    return any(unicodedata.category(c)[0] in "LNPS" and c not in _INVISIBLE for c in text)
+
+
+# What stands in the dataset's columns
+
+
+def _cell(column: object, row: int) -> object:
+    """Return `column[row]`, None where the column is absent, no list, or too short."""
+    if isinstance(column, (str, bytes, Mapping)) or not hasattr(column, "__getitem__"):
+        return None
+    try:
+        return column[row]
+    except (IndexError, KeyError, TypeError):
+        return None
+
+
+def _metadata(metadata: object, metadata_json: object, row: int) -> Mapping:
+    """Return the metadata of a row, {} where neither column holds an object for it."""
+    value = _cell(metadata, row)
+    if value is None:
+        value = _cell(metadata_json, row)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return {}
+    return value if isinstance(value, Mapping) else {}
+
+
+def _checkpoints(metadata: Mapping) -> list[str]:
+    """Return the non-blank strings in `metadata["checkpoints"]`, [] if that is not a list."""
+    values = metadata.get("checkpoints")
+    if not isinstance(values, (list, tuple)):
+        return []
+    return [value for value in values if isinstance(value, str) and is_visible(value)]
+
+
+def _gold(metadata: Mapping) -> str | int | float | None:
+    """Return `metadata["final_answer"]` if it is a non-blank string or a finite number."""
+    value = metadata.get("final_answer")
+    if isinstance(value, str):
+        return value if is_visible(value) else None
+    is_finite = isinstance(value, numbers.Real) and (
+        isinstance(value, numbers.Rational) or math.isfinite(value))
+    return value if is_finite else None
+
+
+# How checkpoints are found
+
+_OPERATORS = "+-*/=^<>%()"
+_TO_ASCII = str.maketrans({
+    "\u00d7": "*", "\u2715": "*", "\u2217": "*", "\u22c5": "*", "\u00b7": "*", "\u2219": "*",
+    "\u00f7": "/", "\u2215": "/", "\u2044": "/", "\u2212": "-", "\u2010": "-", "\u2011": "-",
+    "\u2012": "-", "\u2013": "-", "\u2014": "-", "\uff0b": "+", "\uff1d": "=", "\uff0d": "-",
+})
+_LATEX_OPERATORS = (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("\\$", "$"))
+
+
+def normalise(text: str) -> str:
+    """Return `text` as the normalised matcher compares it.
+
+    Case is dropped, typographic operators become ASCII, currency signs go, white space collapses
+    and disappears beside operators.
+    """
+    text = text.casefold().translate(_TO_ASCII)
+    for command, operator in _LATEX_OPERATORS:
+        text = text.replace(command, operator)
+    text = "".join(c for c in text if unicodedata.category(c) != "Sc")
+    text = " ".join(text.split())
+    for operator in _OPERATORS:
+        text = text.replace(" " + operator, operator).replace(operator + " ", operator)
+    return text
+
+
+def checkpoint_hits(
+    reasoning: str, checkpoints: Sequence[str], matcher: str = "normalised"
+) -> tuple[int, int]:
+    """Return how many distinct checkpoints stand in `reasoning`, and how many there are.
+
+    `literal` looks for plain substrings. `normalised` compares `normalise`d texts and refuses a hit
+    whose first or last digit continues a longer number, so that "= 15" is not found in "= 150".
+    """
+    if matcher == "literal":
+        wanted = set(checkpoints)
+        return sum(checkpoint in reasoning for checkpoint in wanted), len(wanted)
+    if matcher != "normalised":
+        raise ValueError(f"process matcher - must be 'normalised' or 'literal' - got {matcher!r} - "
+                         "use one of the two")
+    wanted = set(map(normalise, checkpoints)) - {""}
+    text = normalise(reasoning)
+    return sum(_stands_in(text, checkpoint) for checkpoint in wanted), len(wanted)
+
+
+def _stands_in(text: str, checkpoint: str) -> bool:
+    """Return whether `checkpoint` occurs in `text` without cutting a longer number."""
+    digits = [i for i, c in enumerate(checkpoint) if c.isdecimal()]
+    start = text.find(checkpoint)
+    while start >= 0:
+        if not digits or not (
+            _number_goes_on_before(text, start + digits[0])
+            or _number_goes_on_after(text, start + digits[-1])
+        ):
+            return True
+        start = text.find(checkpoint, start + 1)
+    return False
+
+
+def _number_goes_on_before(text: str, position: int) -> bool:
+    """Return whether the digit at `position` has digits of the same number to its left."""
+    left = text[max(position - 2, 0) : position]
+    before, further = left[-1:], left[:-1]
+    if before == ".":
+        return not further.isalpha()  # ".5" and "1.5" are numbers, "done.5" starts a sentence
+    return before.isdecimal() or (before == "," and further.isdecimal())
+
+
+def _number_goes_on_after(text: str, position: int) -> bool:
+    """Return whether the digit at `position` has digits of the same number to its right."""
+    after, further = text[position + 1 : position + 2], text[position + 2 : position + 3]
+    return after.isdecimal() or (after in (".", ",") and further.isdecimal())
+
+
+# The three rewards
+
+
+def format_reward(prompts: list, completions: list, **columns) -> list[float]:
+    """Return 1.0 for every completion that has the format, else 0.0; no credit per tag."""
+    return [float(has_format(completion_text(completion))) for completion in completions]
+
+
+def process_reward(
+    prompts: list, completions: list, *, matcher: str = "normalised",
+    metadata=None, metadata_json=None, **columns,
+) -> list[float | None]:
+    """Return 0.2 for each distinct checkpoint in the reasoning block, at most 1.0.
+
+    None where the metadata are missing, malformed or hold no checkpoint.
+    """
+    scores: list[float | None] = []
+    for row, completion in enumerate(completions):
+        reasoning, _ = split_blocks(completion_text(completion))
+        checkpoints = _checkpoints(_metadata(metadata, metadata_json, row))
+        hits, distinct = checkpoint_hits(reasoning or "", checkpoints, matcher)
+        share = min(hits, CHECKPOINTS_FOR_FULL_SCORE) / CHECKPOINTS_FOR_FULL_SCORE
+        scores.append(share if distinct else None)
+    return scores
+
+
+def outcome_reward(
+    prompts: list, completions: list, *, metadata=None, metadata_json=None, domain=None, **columns
+) -> list[float | None]:
+    """Return 1.0 where the answer block equals the gold answer, else 0.0; None without a gold."""
+    scores: list[float | None] = []
+    for row, completion in enumerate(completions):
+        gold = _gold(_metadata(metadata, metadata_json, row))
+        _, answer = split_blocks(completion_text(completion))
+        kind = _cell(domain, row)
+        is_right = gold is not None and answer is not None and answers_match(
+            gold, answer, kind if isinstance(kind, str) else "math")
+        scores.append(None if gold is None else float(is_right))
+    return scores
+
+
+# A user's own rewards
+
+
+def load_reward(spec: str) -> tuple[str, RewardFunction, float]:
+    """Return name, function and weight of `package.module:function=weight`.
+
+    The weight is 1.0 if left out. Raises ValueError, one line, when any part cannot be had.
+    """
+    def refuse(rule: str, got: object, change: str) -> ValueError:
+        return ValueError(_one_line(f"--reward {spec!r} - {rule} - got {got} - {change}"))
+
+    path, equals, weight_text = spec.strip().partition("=")
+    module_name, colon, name = (part.strip() for part in path.partition(":"))
+    if not (module_name and colon and name):
+        raise refuse("must read package.module:function=weight", repr(path),
+                     "name a module, a colon and a function")
+    try:
+        weight = float(weight_text) if equals else 1.0
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise refuse("the weight must be a finite number", repr(weight_text), "write e.g. =0.5")
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        raise refuse("the module must be importable", f"{type(error).__name__}: {error}",
+                     "correct the name or set PYTHONPATH") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        got = f"type {type(function).__name__}" if hasattr(module, name) else "no such name"
+        raise refuse(f"{name} must be a function in {module_name}", got, "correct the name")
+    return name, function, weight
+
+
+def score(
+    reward_functions: Mapping[str, RewardFunction] | Iterable[tuple],
+    prompts: list, completions: list, columns: Mapping[str, list],
+) -> dict[str, list[float | None]]:
+    """Call every reward function and return its scores by name.
+
+    `reward_functions` are (name, function, ...) tuples as `load_reward` returns them, or a mapping
+    from name to function. Raises RewardError, one line, naming the function that failed and how.
+    """
+    if isinstance(reward_functions, Mapping):
+        reward_functions = reward_functions.items()
+    scores = {}
+    for name, function, *_ in reward_functions:
+        if name in scores:
+            raise RewardError(f"reward function {name} - names must differ - got it twice - "
+                              "rename one of the functions")
+        try:
+            values = function(prompts, completions, **columns)
+        except Exception as error:
+            first = completion_text(completions[0])[:200] if completions else ""
+            raise RewardError(
+                _one_line(f"reward function {name} - must not raise - got {type(error).__name__}: "
+                          f"{error}") + f" on first completion {first!r} - correct the function"
+            ) from error
+        scores[name] = _checked(name, values, len(completions))
+    return scores
+
+
+def _checked(name: str, values: object, count: int) -> list[float | None]:
+    """Return the scores as floats and Nones; raise RewardError unless they are `count` of those."""
+    def refuse(rule: str, got: str, change: str) -> RewardError:
+        return RewardError(_one_line(f"reward function {name} - {rule} - got {got} - {change}"))
+
+    if not isinstance(values, list):
+        raise refuse("must return a list", f"type {type(values).__name__}", "return a list")
+    if len(values) != count:
+        raise refuse("must return one score a completion", f"{len(values)} scores for {count}",
+                     "return None where the reward does not apply")
+    scores = []
+    for row, value in enumerate(values):
+        number = _as_float(value)
+        if number is not None and not math.isfinite(number):
+            raise refuse("every score must be a finite number or None",
+                         f"{value!r:.80} at row {row}", "return a number, or None")
+        scores.append(number)
+    return scores
+
+
+def _as_float(value: object) -> float | None:
+    """Return a number, bool or array scalar as float, None as None, anything else as NaN."""
+    if value is None:
+        return None
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    try:
+        return float(value) if isinstance(value, numbers.Real) else math.nan
+    except OverflowError:
+        return math.inf
+
+
+def _one_line(text: str) -> str:
+    """Return `text` with line breaks and runs of white space as one space."""
+    return " ".join(text.split())

@@ -1,0 +1,182 @@
+"""What a run reports: metrics.jsonl, TensorBoard files, the one line a step prints.
+
+Host only; knows no model and no flag. `METRICS` is the glossary that the README prints. The JSONL
+file is the record (a resumed run drops what it will redo); TensorBoard files are a convenience.
+"""
+
+import importlib
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+METRICS = {
+    "loss": "What is minimised: SFT mean nats a token; GRPO surrogate, 0 + beta * KL on-policy.",
+    "grad_norm": "Euclidean norm of the whole gradient, before clipping.",
+    "learning_rate": "Learning rate of this update.",
+    "tokens": "Completion tokens that carried loss in this step, over all devices.",
+    "reward": "Mean over completions of the weighted sum of all reward parts.",
+    "reward_std": "Standard deviation of the reward within a group, mean over groups.",
+    "reward_format": "Share of completions in the <reasoning>, <answer> form (unweighted).",
+    "reward_process": "Mean share of an example's checkpoints found in the reasoning (unweighted).",
+    "reward_outcome": "Share of completions whose final answer is right (unweighted).",
+    "kl": "Estimated KL divergence of the policy from the reference policy, nats a token.",
+    "entropy": "Entropy of the policy's next-token distribution, nats a token; 0 is certainty.",
+    "ratio_max": "Largest probability ratio of policy to old policy; 1 when on-policy.",
+    "clip_share": "Share of completion tokens whose ratio was clipped and gave no gradient.",
+    "completion_tokens": "Mean length of a completion in tokens, its stop token included.",
+    "truncated_rate": "Share of completions cut off at the length limit, without a stop token.",
+    "signal_share": "Share of groups whose rewards differ; the others teach nothing.",
+    "logp_drift_max": "Largest |log-prob in the sampler - log-prob in the trainer| of a token.",
+    "logp_drift_mean": "Mean of that difference; float noise only, below 1e-4 in float32.",
+    "tokens_per_second": "Completion tokens (`tokens`) per second of the whole step.",
+    "seconds_rollout": "Seconds spent sampling completions.",
+    "seconds_reward": "Seconds spent scoring completions on the host.",
+    "seconds_update": "Seconds spent on log-probs, gradients and the optimiser.",
+}
+
+_SFT_LINE = (
+    "loss {loss:.3g} (nats a token)",
+    "grad {grad_norm:.2g}",
+    "lr {learning_rate:.1e}",
+    "{speed} tok/s",
+)
+_GRPO_LINE = (
+    "reward {reward:.2f} (format {reward_format:.2f} process {reward_process:.2f} "
+    "outcome {reward_outcome:.2f})",
+    "kl {kl:.2g}",
+    "len {completion_tokens:.0f}",
+    "cut {truncated_rate:.0%}",
+    "signal {signal_share:.0%} of groups",
+    "loss {loss:.2g}{note}",
+    "grad {grad_norm:.2g}",
+    "{speed} tok/s",
+    "rollout {seconds_rollout:.2f}s reward {seconds_reward:.2f}s update {seconds_update:.2f}s",
+)
+_ON_POLICY = " (0 + beta*KL: watch grad)"  # the surrogate itself is 0, its gradient is not
+
+
+class MetricsWriter:
+    """Append steps to `run/metrics.jsonl` and, when it is installed, to `run/tensorboard/`.
+
+    Tags are STAGE/NAME. A context manager; close() is safe to call twice.
+    """
+
+    def __init__(self, run: str | Path):
+        run = Path(run)
+        run.mkdir(parents=True, exist_ok=True)
+        self._file = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._add_scalar, self._close_events = _open_events(run / "tensorboard")
+
+    def write(self, stage: str, step: int, metrics: dict) -> None:
+        """Append one line and flush it: `stage`, `step` and every metric as a float.
+
+        Values are anything float() takes (0-d arrays too). NaN and infinities become null, as JSON
+        has no word for them. Raises TypeError or ValueError for what is not one number.
+        """
+        values = {name: float(value) for name, value in metrics.items()}
+        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        line = json.dumps({"stage": stage, "step": int(step), **finite}, allow_nan=False)
+        self._file.write(line + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._add_scalar(f"{stage}/{name}", value, int(step))
+
+    def close(self) -> None:
+        self._file.close()
+        self._close_events()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """Return the rows of a metrics.jsonl, [] when there is no file. A torn last line is left out.
+
+    Raises ValueError, with the line number, for any other line that is not a step.
+    """
+    if not Path(path).exists():
+        return []
+    lines = Path(path).read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], 1):  # after the last newline: nothing, or torn
+        try:
+            row = json.loads(line)
+            row["stage"], row["step"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path}:{number}: a line must be one JSON object with stage and step, got "
+                f"{line[:60]!r}; delete the line"
+            ) from error
+        rows.append(row)
+    return rows
+
+
+def truncate_after(path: str | Path, stage_steps: dict[str, int]) -> int:
+    """Keep the rows up to step `stage_steps[stage]` of each stage; return how many others went.
+
+    Call it before a resumed run appends, with the last step of each stage that the checkpoint
+    contains: {"sft": 500, "grpo": 40}. Rows of a stage that is not named go, and a torn last line
+    goes uncounted. The file is replaced by one rename. Raises like `read_metrics`.
+    """
+    rows = read_metrics(path)
+    kept = [row for row in rows if row["step"] <= stage_steps.get(row["stage"], -1)]
+    if Path(path).exists():
+        fresh = Path(path).with_suffix(".tmp")
+        fresh.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(fresh, path)
+    return len(rows) - len(kept)
+
+
+def _open_events(folder: Path) -> tuple[Callable, Callable]:
+    """Return (add_scalar(tag, value, step), close); both do nothing without TensorBoard."""
+    for opener in (_open_tensorboardx, _open_tensorboard):
+        try:
+            return opener(folder)
+        except ImportError:
+            continue
+        except Exception as error:  # an installed TensorBoard can break on its protobuf alone
+            warnings.warn(f"no TensorBoard files, it fails to load: {error!r}", stacklevel=3)
+    return lambda tag, value, step: None, lambda: None
+
+
+def _open_tensorboardx(folder: Path) -> tuple[Callable, Callable]:
+    writer = importlib.import_module("tensorboardX").SummaryWriter(str(folder))
+    return writer.add_scalar, writer.close
+
+
+def _open_tensorboard(folder: Path) -> tuple[Callable, Callable]:
+    """Use the `tensorboard` package's own event writer, which needs no TensorFlow."""
+    module = importlib.import_module("tensorboard.summary.writer.event_file_writer")
+    event_pb2 = importlib.import_module("tensorboard.compat.proto.event_pb2")
+    summary_pb2 = importlib.import_module("tensorboard.compat.proto.summary_pb2")
+    writer = module.EventFileWriter(str(folder))
+
+    def add_scalar(tag: str, value: float, step: int) -> None:
+        scalar = summary_pb2.Summary.Value(tag=tag, simple_value=value)
+        summary = summary_pb2.Summary(value=[scalar])
+        writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+
+    return add_scalar, writer.close
+
+
+def step_line(stage: str, step: int, total_steps: int, metrics: dict) -> str:
+    """Return the one line a step prints; words whose metric is absent are left out."""
+    values = {name: float(value) for name, value in metrics.items()}
+    words = values | {"note": _ON_POLICY if abs(values.get("ratio_max", 0) - 1) < 1e-3 else ""}
+    if "tokens_per_second" in values:
+        speed = values["tokens_per_second"]
+        words["speed"] = f"{speed / 1000:.1f}k" if speed >= 1000 else f"{speed:.0f}"
+    parts = [f"{stage}  {step}/{total_steps}"]
+    for template in _SFT_LINE if stage == "sft" else _GRPO_LINE:
+        try:
+            parts.append(template.format_map(words))
+        except KeyError:
+            continue
+    return "  ".join(parts)

@@ -1,0 +1,131 @@
+"""The KV cache of sampling: one prompt cache per prompt, shared by its G completions without a
+copy, and one private tail per completion.
+
+Prefill fills the prompt part; `decode_step` runs one token of every row against both parts. Prompts
+are left-padded, so that the next token of every row lands in the same column. Knows no sampling.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from gemma_cot.config import ModelConfig
+from gemma_cot.model.gemma import embed, hidden_states, lora_parts, unembed
+from gemma_cot.model.layers import MASKED, block, rms_norm, rope_angles, softmax
+from gemma_cot.model.params import Params
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys (after norm and rotation) and values of every layer."""
+
+    prompt_k_LPSKH: jax.Array  # S = prompt width
+    prompt_v_LPSKH: jax.Array
+    tail_k_LBSKH: jax.Array  # S = max_new_tokens; B = P * G
+    tail_v_LBSKH: jax.Array
+    start_P: jax.Array  # first real column of each prompt, int32
+
+
+def prefill(
+    params: Params,
+    cfg: ModelConfig,
+    tokens_PT: jax.Array,
+    start_P: jax.Array,
+    lora,
+    num_completions: int,
+    max_new_tokens: int,
+) -> tuple[jax.Array, Cache]:
+    """Run the prompts once. Returns (logits of the next token [P, V] float32, cache)."""
+    x_PTD, (k_LPSKH, v_LPSKH) = hidden_states(
+        params, cfg, tokens_PT, start_P, lora, keep_kv=True
+    )
+    L, P, _, K, H = k_LPSKH.shape
+    tail = jnp.zeros((L, P * num_completions, max_new_tokens, K, H), k_LPSKH.dtype)
+    return unembed(params, x_PTD[:, -1]), Cache(k_LPSKH, v_LPSKH, tail, tail, start_P)
+
+
+def decode_masks(cache: Cache, step: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
+    """Return (prompt_2PS, tail_2S), True = visible to tail token `step`; [0] local, [1] global.
+
+    One prompt of 4 columns, start 1, tail of 3, step 1, window 3 (the query is marked q):
+        global  . 1 1 1 | 1 q .
+        local   . . . 1 | 1 q .
+    """
+    width = cache.prompt_k_LPSKH.shape[2]
+    column_S = jnp.arange(width)
+    real_PS = column_S[None, :] >= cache.start_P[:, None]
+    near_S = width + step - column_S < window
+    tail_S = jnp.arange(cache.tail_k_LBSKH.shape[2])
+    past_S = tail_S <= step
+    return (
+        jnp.stack([real_PS & near_S[None, :], real_PS]),
+        jnp.stack([past_S & (step - tail_S < window), past_S]),
+    )
+
+
+def shared_attention(q_BNH, prompt_k_PSKH, prompt_v_PSKH, tail_k_BSKH, tail_v_BSKH, masks):
+    """Return attention of one query per row over its prompt's cache and its own tail, `mix_BNH`.
+
+    One softmax over both parts; the prompt's keys are read once for all G rows of the prompt.
+    """
+    prompt_PS, tail_S = masks
+    B, N, H = q_BNH.shape
+    P, S, K, _ = prompt_k_PSKH.shape
+    f32 = jnp.float32
+    q_BKQH = q_BNH.reshape(B, K, N // K, H)
+    q_PGKQH = q_BKQH.reshape(P, B // P, K, N // K, H)
+    on_prompt = jnp.einsum("PGKQH,PSKH->PGKQS", q_PGKQH, prompt_k_PSKH, preferred_element_type=f32)
+    on_tail = jnp.einsum("BKQH,BSKH->BKQS", q_BKQH, tail_k_BSKH, preferred_element_type=f32)
+    on_prompt = jnp.where(prompt_PS[:, None, None, None], on_prompt, MASKED)
+    on_tail = jnp.where(tail_S[None, None, None], on_tail, MASKED)
+    scores = jnp.concatenate([on_prompt.reshape(B, K, N // K, S), on_tail], axis=-1)
+    weight = softmax(scores).astype(q_BNH.dtype)
+    w_PGKQS = weight[..., :S].reshape(P, B // P, K, N // K, S)
+    mix_BKQH = jnp.einsum("PGKQS,PSKH->PGKQH", w_PGKQS, prompt_v_PSKH).reshape(B, K, N // K, H)
+    mix_BKQH = mix_BKQH + jnp.einsum("BKQS,BSKH->BKQH", weight[..., S:], tail_v_BSKH)
+    return mix_BKQH.reshape(B, N, H)
+
+
+def decode_step(
+    params: Params, cfg: ModelConfig, token_B: jax.Array, step: jax.Array, cache: Cache, lora
+) -> tuple[jax.Array, Cache]:
+    """Run tail token number `step` of every row. Returns (logits_BV of the next token, cache).
+
+    The tail caches are the layer scan's carry, so that XLA updates them in place.
+    """
+    B = token_B.shape[0]
+    L, P, width, K, H = cache.prompt_k_LPSKH.shape
+    position_B = width + step - jnp.repeat(cache.start_P, B // P)
+    angle_2BTh = rope_angles(cfg, position_B[:, None])
+    prompt_2PS, tail_2S = decode_masks(cache, step, cfg.window)
+    adapters, scale = lora_parts(lora)
+
+    def layer_step(carry, xs):
+        x_BTD, tail_k, tail_v = carry
+        layer, adapter, is_global, index, prompt_k_PSKH, prompt_v_PSKH = xs
+
+        def attend(q_BTNH, k_BTKH, v_BTKH):
+            at = (index, 0, step, 0, 0)
+            new_k = jax.lax.dynamic_update_slice(tail_k, k_BTKH[None], at)
+            new_v = jax.lax.dynamic_update_slice(tail_v, v_BTKH[None], at)
+            masks = prompt_2PS[is_global], tail_2S[is_global]
+            mix_BNH = shared_attention(
+                q_BTNH[:, 0], prompt_k_PSKH, prompt_v_PSKH, new_k[index], new_v[index], masks
+            )
+            return mix_BNH[:, None], (new_k, new_v)
+
+        x_BTD, tails = block(cfg, x_BTD, layer, adapter, scale, angle_2BTh[is_global], attend)
+        return (x_BTD, *tails), None
+
+    xs = (
+        params["layers"],
+        adapters,
+        jnp.asarray(cfg.global_layers, jnp.int32),
+        jnp.arange(L),
+        cache.prompt_k_LPSKH,
+        cache.prompt_v_LPSKH,
+    )
+    carry = (embed(params, cfg, token_B[:, None]), cache.tail_k_LBSKH, cache.tail_v_LBSKH)
+    (x_BTD, tail_k, tail_v), _ = jax.lax.scan(layer_step, carry, xs)
+    x_BD = rms_norm(x_BTD[:, 0], params["final_norm"], cfg.norm_eps)
+    return unembed(params, x_BD), cache.replace(tail_k_LBSKH=tail_k, tail_v_LBSKH=tail_v)

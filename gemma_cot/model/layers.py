@@ -1,0 +1,138 @@
+"""The parts of a Gemma 3 layer: norm, rotary embedding, linear (where LoRA meets a weight),
+attention masks, attention, MLP, and the block that joins them.
+
+Pure functions on arrays; knows no cache, no sampling and no files. `attend` is passed into the
+block, so that the full forward pass and the cached one are the same code.
+"""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+
+from gemma_cot.config import ModelConfig
+
+# Large and finite: a row that may attend to nothing gets uniform weights, never NaN.
+MASKED = -2.0e38
+
+
+def rms_norm(x: jax.Array, w: jax.Array, eps: float) -> jax.Array:
+    """Return x / rms(x) * (1 + w) over the last axis, computed in float32, in x's dtype.
+
+    Zhang & Sennrich 2019 (arXiv:1910.07467), with Gemma's (1 + w).
+    """
+    x_f32 = x.astype(jnp.float32)
+    rms = jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps)
+    scale = jnp.expand_dims(1.0 + w.astype(jnp.float32), tuple(range(x.ndim - w.ndim)))
+    return (x_f32 * rms * scale).astype(x.dtype)
+
+
+def rope_angles(cfg: ModelConfig, position_BT: jax.Array) -> jax.Array:
+    """Return rotary angles `angle_2BTh` (h = H/2, radians, float32): [0] local, [1] global layers.
+
+    angle_h = position / base^(2h/H) (Su et al. 2021, arXiv:2104.09864); global layers of the
+    larger models divide positions by `rope_scale_global`.
+    """
+    exponent = jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim
+    position = position_BT.astype(jnp.float32)[..., None]
+    local = position / (cfg.rope_base_local**exponent)[None, None, :]
+    wide = position / cfg.rope_scale_global / (cfg.rope_base_global**exponent)[None, None, :]
+    return jnp.stack([local, wide])
+
+
+def apply_rope(x_BTNH: jax.Array, angle_BTh: jax.Array) -> jax.Array:
+    """Rotate the halves (x1, x2) of each head by its angle: (x1 cos - x2 sin, x2 cos + x1 sin)."""
+    cos, sin = jnp.cos(angle_BTh)[:, :, None, :], jnp.sin(angle_BTh)[:, :, None, :]
+    x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+@cache
+def lora_einsums(einsum: str) -> tuple[str, str]:
+    """Split "x,w->y" into x·a and (x·a)·b through rank R: "BTD,DNH->BTNH" gives
+    ("BTD,DR->BTR", "BTR,RNH->BTNH")."""
+    inputs, y = einsum.split("->")
+    x, w = inputs.split(",")
+    summed = "".join(c for c in w if c not in y)
+    kept = "".join(c for c in w if c in y)
+    middle = "".join(c for c in x if c not in summed) + "R"
+    return f"{x},{summed}R->{middle}", f"{middle},R{kept}->{y}"
+
+
+def linear(einsum: str, x: jax.Array, layer: dict, name: str, lora: dict | None, scale: float):
+    """Return einsum(x, w) plus, when `lora` has `name`, scale * einsum(einsum(x, a), b).
+
+    The only place where an adapter meets a weight. y = W x + (alpha / r) B A x,
+    Hu et al. 2021 (arXiv:2106.09685), section 4.1.
+    """
+    y = jnp.einsum(einsum, x, layer[name])
+    if lora is None or name not in lora:
+        return y
+    down, up = lora_einsums(einsum)
+    z = jnp.einsum(down, x, lora[name]["a"].astype(x.dtype))
+    return y + scale * jnp.einsum(up, z, lora[name]["b"].astype(x.dtype))
+
+
+def causal_mask(start_B: jax.Array, num_positions: int, window: int) -> jax.Array:
+    """Return `mask_2BTS` (True = may attend): [0] local layers, [1] global layers.
+
+    One left-padded row of 5 columns with start 1 and window 2 (row = query, column = key):
+        global      local
+        . . . . .   . . . . .
+        . 1 . . .   . 1 . . .
+        . 1 1 . .   . 1 1 . .
+        . 1 1 1 .   . . 1 1 .
+        . 1 1 1 1   . . . 1 1
+    """
+    t = jnp.arange(num_positions)
+    distance_TS = t[:, None] - t[None, :]
+    real_BTS = (t[None, :] >= start_B[:, None])[:, None, :]
+    wide_BTS = (distance_TS >= 0)[None] & real_BTS
+    local_BTS = wide_BTS & (distance_TS < window)[None]
+    return jnp.stack([local_BTS, wide_BTS])
+
+
+def softmax(scores: jax.Array) -> jax.Array:
+    """Return the softmax over the last axis, in float32."""
+    return jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
+
+
+def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array):
+    """Return grouped-query attention `mix_BTNH`; q already carries the query scale."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKQH = q_BTNH.reshape(B, T, K, N // K, H)
+    scores_BKQTS = jnp.einsum(
+        "BTKQH,BSKH->BKQTS", q_BTKQH, k_BSKH, preferred_element_type=jnp.float32
+    )
+    weight_BKQTS = softmax(jnp.where(mask_BTS[:, None, None], scores_BKQTS, MASKED))
+    mix_BTKQH = jnp.einsum("BKQTS,BSKH->BTKQH", weight_BKQTS.astype(v_BSKH.dtype), v_BSKH)
+    return mix_BTKQH.reshape(B, T, N, H)
+
+
+def mlp(x_BTD: jax.Array, layer: dict, lora: dict | None, scale: float) -> jax.Array:
+    """Return down(gelu_tanh(gate(x)) * up(x)), the gated MLP of Gemma."""
+    gate_BTF = linear("BTD,DF->BTF", x_BTD, layer, "gate", lora, scale)
+    up_BTF = linear("BTD,DF->BTF", x_BTD, layer, "up", lora, scale)
+    hidden_BTF = jax.nn.gelu(gate_BTF, approximate=True) * up_BTF
+    return linear("BTF,FD->BTD", hidden_BTF, layer, "down", lora, scale)
+
+
+def block(cfg: ModelConfig, x_BTD, layer, lora, scale, angle_BTh, attend):
+    """Run one layer: norms before and after both attention and MLP, residuals around each pair.
+
+    `attend(q_BTNH, k_BTKH, v_BTKH) -> (mix_BTNH, kept)` decides what is attended to and what is
+    kept of the new keys and values. Returns (x_BTD, kept).
+    """
+    h_BTD = rms_norm(x_BTD, layer["pre_attn_norm"], cfg.norm_eps)
+    q_BTNH = linear("BTD,DNH->BTNH", h_BTD, layer, "q", lora, scale)
+    k_BTKH = linear("BTD,DKH->BTKH", h_BTD, layer, "k", lora, scale)
+    v_BTKH = linear("BTD,DKH->BTKH", h_BTD, layer, "v", lora, scale)
+    q_BTNH = apply_rope(rms_norm(q_BTNH, layer["q_norm"], cfg.norm_eps), angle_BTh)
+    k_BTKH = apply_rope(rms_norm(k_BTKH, layer["k_norm"], cfg.norm_eps), angle_BTh)
+    mix_BTNH, kept = attend(q_BTNH * cfg.query_scalar**-0.5, k_BTKH, v_BTKH)
+    out_BTD = linear("BTNH,NHD->BTD", mix_BTNH, layer, "o", lora, scale)
+    x_BTD = x_BTD + rms_norm(out_BTD, layer["post_attn_norm"], cfg.norm_eps)
+    h_BTD = rms_norm(x_BTD, layer["pre_mlp_norm"], cfg.norm_eps)
+    out_BTD = mlp(h_BTD, layer, lora, scale)
+    return x_BTD + rms_norm(out_BTD, layer["post_mlp_norm"], cfg.norm_eps), kept

@@ -1,0 +1,522 @@
+"""Own cases for every rule of the answer matcher, and properties on hostile text."""
+
+import sys
+import time
+from decimal import Decimal
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gemma_cot.grpo.answer import MAX_NUMBER, MAX_TEXT, answers_match, strip_marks
+
+NBSP, MINUS = "\u00a0", "\u2212"
+
+
+def table(domain, text):
+    """Turn lines `gold => predicted | predicted` into (gold, predicted, domain) cases."""
+    lines = (line.partition(" => ") for line in text.strip("\n").splitlines())
+    return [(gold, predicted, domain) for gold, _, rest in lines for predicted in rest.split(" | ")]
+
+
+ACCEPT = [
+    # rule 1: gold is text or a number
+    (72, "72", "math"), (72.0, "72", "math"), (0.5, "1/2", "math"), (-3, f"{MINUS}3", "math"),
+    (Fraction(1, 3), "1/3", "math"), (Decimal("2.50"), "2.5", "math"), (72, 72, "math"),
+    (True, "True", "code"), (10**30, "1" + "0" * 30, "math"), (5, "5", "code"),
+    (2.5, "2.5", "code"), (1e22, "10000000000000000000000", "math"),
+    (10**350, str(10**350), "math"),
+    # rule 2: white space, one full stop, one layer of marks
+    ("72", " 72\n", "math"), ("72", f"{NBSP}72{NBSP}", "math"), ("72", "\ufeff72\u200b", "math"),
+    ("72", "```\n72\n```", "math"), ("[1, 2]", "```python\n[1, 2]\n```", "code"),
+    ("72", "72\u202f", "math"), ("72", "\t72.\r\n", "math"),
+    *table("math", r"""
+72 => 72. | $72$ | $$72$$ | \(72\) | \[72\] | \boxed{72} | \text{72} | **72** | __72__ | `72`
+72 => $\boxed{72}$ | $\boxed{72}$. | **$72$**. | $\$72$
+$72$ => 72
+\boxed{72} => 72
+72. => 72
+east => \text{east} | **East**. | \textbf{east}
+\frac{1}{2} => $\frac{1}{2}$
+"""),
+    # rule 4: numbers
+    ("-5", f"{MINUS}5", "math"), ("1.5e-3", f"1.5×10^{{{MINUS}3}}", "math"),
+    ("1234567", "1\u202f234\u202f567", "math"), ("1234", f"1{NBSP}234", "math"),
+    *table("math", r"""
+1234 => 1,234
+1,234 => 1234
+1234567.5 => 1,234,567.5
+10000 => 10{,}000 | 10\,000 | 10,\!000
+0.5 => .5 | 0.50
+5 => 5.0 | +5 | 05
+-5 => - 5
+3/4 => 0.75
+0.75 => 3/4
+3/4 => 6/8 | 3 / 4
+-3/4 => -0.75
+3/4 => \frac{3}{4} | \dfrac{3}{4} | \tfrac34
+-3/4 => -\frac{3}{4} | \frac{-3}{4} | 3/-4
+5/2 => 2 1/2
+2.5 => 2\frac{1}{2} | 2\frac12
+-2.5 => -2 1/2
+1500 => 1.5e3 | 1.5E+3 | 1.5 \times 10^{3} | 1.5 × 10^3 | 1.5*10**3 | 1.5 \cdot 10^3
+0.0015 => 1.5e-3
+1/3 => 0.3333333333333
+0.1 => 0.1000000000000001
+1,000,000 => 1e6
+0 => -0
+2 => 4/2
+"""),
+    # rule 5: currency signs, units, percent
+    *table("math", r"""
+75% => 75 | 75% | 0.75 | 3/4 | 75 % | 75\% | 75 percent | 75 per cent
+75 => 75%
+0.75 => 75%
+-5% => -0.05
+12.5% => 1/8
+5 => $5 | \$5
+$5 => 5 | 5 dollars | 5 USD | US$5 | USD 5
+5 dollars => $5.00
+-$5 => -5
+$-5 => -5
+-$5 => $-5
+€5 => 5 euros
+£5 => 5 pounds
+5 lb => 5 pounds
+75 cents => 75¢
+1,250 => $1,250
+$1,250.00 => 1250
+$5 => $5 per hour
+18 => 18 eggs
+18 eggs => 18 | 18 egg
+12 cookies => 12 cookie
+4 boxes => 4 box
+6 berries => 6 berry
+5 m => 5 meters | 5 metre | 5m | 5\text{ m} | 5 \, \text{m}
+5 km => 5 KM
+5 km/h => 5 kilometers per hour
+60 mph => 60 miles per hour | 60 mi/h
+10 m/s => 10 meters/second
+25 cm^2 => 25 square centimeters
+25 cm² => 25 \text{ cm}^2
+25 cm^{2} => 25 sq cm
+25 m^3 => 25 cubic meters | 25 meters cubed
+90° => 90 degrees | 90^\circ
+90 => 90^{\circ}
+20°C => 20 degrees Celsius | 20 °C
+3 hours => 3 h | 3 hrs
+45 minutes => 45 min
+2 L => 2 liters
+250 mL => 250 ml
+6 feet => 6 ft
+10 inches => 10 in.
+7 years => 7 years
+3 people => 3 persons
+2 1/2 cups => 2.5 cups
+1/2 cup => 0.5
+9 T-shirts => 9
+7 pm => 7 PM
+"""),
+    # rule 6: x = v
+    *table("math", r"""
+5 => x = 5 | x=5
+x = 5 => 5 | x = 5.0 | $x = 5$
+5 => x = \boxed{5} | \theta = 5 | x_1 = 5 | x_{12} = 5 | Total = $5$ | m = 5 kg
+\sqrt{2} => x = \sqrt{2}
+y = 2x + 3 => 2x+3
+x = 1/2 => x = 0.5
+"""),
+    ("[1, 2]", "result = [1, 2]", "code"),
+    # rule 7: choice letters
+    *table("science", r"""
+B => B | b | (B) | B) | B. | B: | (b) | **B** | \boxed{B} | $\textbf{(B)}$ | \text{B}.
+B => B) photosynthesis | B. photosynthesis | B: photosynthesis | (B) photosynthesis
+B => (B). photosynthesis | **B) photosynthesis** | B) vitamin C | B) iodine (I) | B) H(g)
+B => B) A plant needs light. | B)photosynthesis
+(B) => B
+B) => B
+A => A. an animal cell
+D => (D)
+b => B
+B) photosynthesis => B | (B) | B. Photosynthesis | photosynthesis
+(B) photosynthesis => B: photosynthesis
+photosynthesis => B) photosynthesis
+9.8 => C) 9.8
+B) 10 m => B) 10 meters
+C) H:O:H => H:O:H | C
+"""),
+    *table("math", "B => (B)\nB => B) 12\nC => c\nE => **E**"),
+    # rule 8: code literals
+    *table("code", r"""
+[1, 2] => [1,2] | [ 1, 2 ] | `[1, 2]` | [1, 2]. | $[1, 2]$
+[1, 2,] => [1, 2]
+'abc' => "abc"
+'a.b' => 'a.b'
+"it's" => 'it\'s'
+(1, 2) => (1,2) | 1, 2
+{1, 2} => {2, 1}
+{'a': 1, 'b': 2} => {'b': 2, 'a': 1}
+{'a': [1, {2}]} => {"a": [1, {2}]}
+True => True
+None => None | `None`
+5 => 5 | 0x5
+1000 => 1_000
+-5 => - 5
+5.0 => 5.00
+0.3 => 0.30000000000000004
+[0.5] => [.5]
+1e3 => 1000.0
+b'x' => b"x"
+[] => []
+'#1' => "#1"
+set() => set()
+{(1, 2): 3} => {(1, 2): 3}
+1+2j => 1+2j
+"""),
+    # rule 9: words and program output
+    ("New  York", "new\nyork", "math"), ("hello  world", "hello world", "code"),
+    *table("science", r"""
+photosynthesis => Photosynthesis
+the Sun => the sun
+New York => NEW YORK
+yes => Yes.
+No => NO | no
+up => Up
+Pb => Pb
+red, green and blue => Red, green and blue
+World War 2 => world war 2
+CO2 => CO2
+NaCl => NaCl
+Anglo-Saxon => anglo-saxon
+"""),
+    *table("code", "Hello World => Hello World\nf( x ) => f(x)\n1 2 3 => 1 2 3"),
+    # rule 10: the rest without white space
+    *table("math", r"""
+x^2 + 1 => x^2+1
+(1, 2) => (1,2)
+1, 2, 3 => 1,2,3
+{1, 2} => {1,2}
+\sqrt{2} => \sqrt{2}
+2\pi => 2 \pi
+2 + 3 => 2+3
+x < 5 => x<5
+3:4 => 3 : 4
+x => x
+1e5000 => 1e5000
+5 million => 5 million
+"""),
+]
+
+REFUSE = [
+    # rule 1
+    ("", "", "math"), ("  ", "  ", "math"), (None, "None", "math"), (float("nan"), "nan", "math"),
+    (float("inf"), "inf", "math"), ("5", None, "math"), ([5], "[5]", "math"), ({}, "{}", "code"),
+    (1j, "2j", "math"), (5, "", "math"), ("5", "\u200b", "math"), (Decimal("NaN"), "NaN", "math"),
+    ("\\boxed{}", "\\text{}", "math"),
+    # rule 2: one layer, one full stop, and all of the text inside
+    *table("math", r"""
+72 => 72... | \boxed{\boxed{72}} | **72** or **73** | `72` `73` | \boxed{72}, \boxed{73}
+72 => The answer is \boxed{72} | $72$ and $73$ | \boxed{72 | (72)
+"""),
+    ("init", "__init__", "code"),
+    # rule 3: one candidate
+    *table("math", r"""
+72 => 72 or 73 | 72, 73 | 72 and 73 | 72; 73 | 72 73 | 72/73 | 72 (or 73) | [72] | {72} | 72 73 74
+72 => 70-72 | 72, 72 | 72 = 72 | 72 apples and 3 pears | 72 or seventy | 72, which is the answer
+72 => about 72 | The answer is 72 | ±72 | 72 maybe | 72 no wait | 72\text{ or }73 | 72\text{73}
+12 => 1 2
+1 2 => 12
+1, 234 => 1,234
+1,234 => 1, 234
+1 2, 3 => 12, 3
+1, 2 => 2, 1
+"""),
+    ("72", "72\n73", "math"), ("12", f"1{NBSP}2", "math"), ("[1, 2]", "[1, 2] or [2, 1]", "code"),
+    # rule 4
+    ("5", "٥", "math"), ("5", "５", "math"), ("5.5", "5½", "math"), ("5", "5½", "math"),
+    ("5", "5²", "math"), ("-5", "–5", "math"), ("5", "5Ⅴ", "math"),
+    *table("math", r"""
+72 => 73 | -72
+5 => --5 | -+5
+-5 => --5 | -+5 | +-5
+1234 => 12,34 | 1,2345 | 1,23,4 | 1_234 | ,1234
+123 => 0,123
+3.5 => 3,5
+0.333 => 1/3
+1/3 => 0.3333 | 0.33333333333
+5 => 5.0000000000000001 | 4.9999999999999999 | 5/0 | 0/0
+2.5 => 2-1/2 | 2 and 1/2
+3.5 => 2 3/2
+5 => 1.2.3
+1/2/3 => 1/6
+1000 => 10^3
+1024 => 2^10
+25 => 5^2
+5 => 5^2 | 5! | 5? | 5e | 5e1000 | 9^9^9^9 | five | 0x5 | 5i
+3 => 3:4
+"""),
+    # rule 5
+    *table("math", r"""
+75 => 0.75
+75% => 75.0000000000001% | 7500 | 0.75% | 0.0075 | $75 | 75 apples
+0.75 => 75
+75 => 75% off | 75% of 4
+$5 => €5 | 5 euros | 5 apples | 500 cents
+$0.75 => 75 cents
+£5 => 5 lb | $5
+5 m => 5 s | 5 m/s | 5 m^2 | 500 cm
+5 cm^2 => 5 cm^3
+5 km => 5 miles
+5 mW => 5 MW
+20°C => 20°F | 20 K
+12 apples => 12 oranges
+1 hour => 60 minutes
+5 => 5x | 5n | 5π | 5 \pi | 5 pi | 5\sqrt{2} | 5 million | 5 thousand | 5k | 5 dozen | 5 hundredths
+5 => 5 halves | 5 plus two | 5 minus one | 5 is wrong | 5 m^ | 5/ | 5 //m | 5 a-b | $5% | $$5
+"""),
+    ("5", "5" + " apple" * 9, "math"), ("5", "5 " + "z" * 31, "math"), ("5", "5万", "math"),
+    # rule 6
+    *table("math", r"""
+x = 5 => y = 5 | X = 5
+5 => x == 5 | 5 = x | x = 5 or x = 6 | x = 5, y = 6 | x = y = 5 | x = 2 + 3 | 2x = 10
+10 => 2x = 10
+5 => x ≈ 5 | x > 5 | 2 + 3 | 3+2=5
+25 => 5*5 | 5 × 5
+5 => \sqrt{25} | sqrt(25) | 10 - 5
+6 => 3!
+5 => x =
+"""),
+    ("x = 5", "5", "code"), ("B", "B) cell\nC", "science"), ("B", "B) " + "z" * 201, "science"),
+    # rule 7
+    *table("science", r"""
+B => C | C) photosynthesis | B or C | B, C | B and C | B/C | B) or C) | B) or C | B) X, C) Y
+B => B. C. | B) C | (B) (C) | (B) or (C) | B: cell; C: wall | B) not C | B) no, C | B) and also D
+B => BC | B C | The answer is B | Option B | It must be B. | [B] | B photosynthesis
+B => B - photosynthesis
+A => A plant | A plant cell | a cell
+I => B
+A) C => C
+B) photosynthesis => B) respiration | C) photosynthesis | respiration | C
+photosynthesis => B) respiration | B
+9.8 => C) 9.9
+B => B.5
+"""),
+    *table("math", "b => B\nx => X\n5 => B) 5\nB => B or C\nB => D"),
+    *table("code", "B => (B)\nB => B) text\nB => b"),
+    # rule 8
+    *table("code", r"""
+1 => True
+True => 1
+0 => False
+1 => 1.0
+1.0 => 1
+1 => '1'
+'1' => 1
+[1] => (1,) | [True] | [1.0]
+[1, 2] => (1, 2) | [2, 1] | {1, 2} | [1, 2, 3] | list((1, 2)) | [1] + [2]
+{1} => {True}
+{1: 'a'} => {True: 'a'}
+{'a': 1} => {'a': True} | {'a': 1, 'b': 2} | {'b': 1}
+'abc' => 'ABC'
+'a  b' => 'a b'
+'abc' => abc
+abc => 'abc' | ABC
+5 => 5 # or 6 | 2 + 3 | 5 items
+1234 => 1,234
+0.5 => 1/2
+3 => len('abc') | __import__('os').getpid() | eval('3')
+True => true
+None => null | none
+[1, 2] => [1, 2 | y == [1, 2]
+'ab' => 'a' or 'b'
+0.3 => 0.3001
+b'x' => 'x'
+set() => {}
+{(1, 2): 3} => {(1, True): 3}
+"""),
+    ("(5)", "(5 # or 6\n)", "code"), ("'a'", "'a\x00'", "code"), ("5", "\x005", "code"),
+    ("'a'", "'\ud800'", "code"),
+    # rule 9
+    *table("science", r"""
+CO => Co
+Co => CO
+Rr => rr | RR
+rr => Rr
+NaCl => nacl
+CO2 => co2
+H2O => h2o
+north => south | north or south | not north | northern
+ice cream => icecream
+red green => red, green
+true => 1
+"""),
+    *table("code", r"""
+Hello World => hello world
+a b => ab
+1 2 3 => 123
+Hello => Hello!
+"""),
+    # rule 10
+    *table("math", r"""
+x^2 + 1 => x^2 + 2 | 1 + x^2
+f(x) => F(x)
+AB => Ab
+5 million => 5000000
+10^3 => 1000
+x < 5 => x > 5
+"""),
+]
+
+
+def test_table_has_three_hundred_cases_and_no_case_twice():
+    cases = [tuple(map(repr, case)) for case in ACCEPT + REFUSE]
+    assert len(cases) >= 300
+    assert len(set(cases)) == len(cases)
+
+
+@pytest.mark.parametrize(("gold", "predicted", "domain"), ACCEPT)
+def test_accepts(gold, predicted, domain):
+    assert answers_match(gold, predicted, domain) is True
+
+
+@pytest.mark.parametrize(("gold", "predicted", "domain"), REFUSE)
+def test_refuses(gold, predicted, domain):
+    assert answers_match(gold, predicted, domain) is False
+
+
+def test_unknown_domain_is_read_as_math():
+    assert answers_match("1/2", "0.5", "logic")
+    assert answers_match("1/2", "0.5", None)
+    assert answers_match("1/2", "0.5")
+
+
+def test_numbers_end_at_the_length_and_exponent_limits():
+    assert answers_match("5", "0" * (MAX_NUMBER - 1) + "5")
+    assert not answers_match("5", "0" * MAX_NUMBER + "5")
+    assert answers_match("1e999", "10e998")
+    assert not answers_match("1e1000", "10e999")
+    assert answers_match(10**300, "1e300")
+    assert not answers_match(10**5000, "1")  # str() refuses it: no gold, no match
+
+
+def test_long_texts_are_only_compared_as_they_stand():
+    long = "word " * (MAX_TEXT // 4)
+    assert len(long) > MAX_TEXT
+    assert answers_match(long, long.replace(" ", "\n"))
+    assert not answers_match(long, long.upper())
+    assert not answers_match("5", "5" + "." * MAX_TEXT)
+    literal = "[" + "1, " * MAX_TEXT + "]"
+    assert answers_match(literal, literal, "code")
+    assert not answers_match(literal, literal.replace("1, 1", "1,1"), "code")
+
+
+def test_strip_marks_takes_one_layer_of_each_kind():
+    assert strip_marks(" **$\\boxed{\\text{`a`}}$**. ") == "a"
+    assert strip_marks("``` \nprint\n```") == "print"
+    assert strip_marks("```x = 1\ntext\ny = 2```") == "x = 1\ntext\ny = 2"
+    assert strip_marks("**a** and **b**") == "**a** and **b**"
+    assert strip_marks("\\boxed{1}+{2}") == "\\boxed{1}+{2}"
+    assert strip_marks(".") == "."
+    assert strip_marks("") == ""
+
+
+HOSTILE = [
+    "-" * 2000, "(" * 2000, "[" * 1000 + "]" * 1000, "[[]," * 400, "not " * 500, "1if 1else " * 190,
+    "lambda:" * 280, "'\"" * 999, "{" * 2000, "{1:" * 600, "f'{" * 600, "a[" * 900, "a." * 900,
+    "\\text{" * 330, "\\boxed{" * 280, "\\frac{1}" * 50, "$" * 2000, "`" * 2000, "*" * 2000,
+    "_" * 2000, "1" * 400, "1 " * 200, "1" + ",111" * 99, "x = " * 500, "B) " + "or " * 600,
+    "B) " + "(a " * 600, "5 " + "square " * 55, "5 " + "per " * 99, "5" + "°" * 390,
+    "5" + " a^2" * 99, "- " * 200, "-" + " " * 398 + "x", "\u0301" * 10_000, "\x00", "\ud800",
+    "9**9**9**9", "1e999", "1" + "+1j" * 600, "'\\d'", "\"\"\"", "%" * 400, "1/" * 200, ".", "..",
+    "=", "\\", "$$", "{[]}",
+]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("domain", ["math", "code", "science"])
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_text_gives_a_verdict_without_warning(text, domain):
+    for gold in ("5", "B", "[1, 2]", "x = 5", "75%"):
+        assert answers_match(gold, text, domain) is False
+    assert answers_match(text, text, domain) in (True, False)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_odd_escape_warns_nobody():
+    assert answers_match(r"'\d'", r'"\d"', "code")
+
+
+def test_hostile_text_is_cheap_on_the_whole():
+    calls = [(text, domain) for text in HOSTILE for domain in ("math", "code", "science")]
+    start = time.process_time()
+    for text, domain in calls:
+        answers_match(text, text, domain)
+    # about 0.1 s in all; one quadratic or exponential pattern would take minutes
+    assert time.process_time() - start < 20
+
+
+def test_deep_call_stack_raises_nothing():
+    deep = "[" * 190 + "]" * 190
+
+    def descend(depth):
+        return descend(depth - 1) if depth else answers_match("[1]", deep, "code")
+
+    assert descend(sys.getrecursionlimit() - 200) is False
+
+
+PIECES = st.text(alphabet="0123456789.,-+/%$ \\{}()[]'\"=x^*eEBabc\n\u2212\u00a0#_:√½", max_size=60)
+
+
+@settings(max_examples=400, deadline=None)
+@given(PIECES, PIECES, st.sampled_from(["math", "code", "science"]))
+def test_never_raises_on_answer_like_text(gold, predicted, domain):
+    assert answers_match(gold, predicted, domain) in (True, False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(min_size=1, max_size=50), st.integers(1, 10_000),
+       st.sampled_from(["math", "code", "science"]))
+def test_never_raises_on_ten_thousand_arbitrary_characters(piece, length, domain):
+    text = (piece * length)[:10_000]
+    assert answers_match("5", text, domain) in (True, False)
+    assert answers_match(text, text, domain) in (True, False)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.one_of(st.none(), st.integers(), st.floats(), st.complex_numbers(), st.binary(),
+                 st.decimals(), st.booleans(), st.lists(st.integers()), st.sets(st.text())),
+       st.text(max_size=20))
+def test_never_raises_on_any_gold(gold, predicted):
+    assert answers_match(gold, predicted) in (True, False)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.fractions(), st.fractions())
+def test_rationals_compare_exactly(a, b):
+    assert answers_match(str(a), f"\\frac{{{a.numerator}}}{{{a.denominator}}}")
+    is_close = a.denominator > 1 < b.denominator and abs(a - b) <= max(abs(a), abs(b)) / 10**12
+    assert answers_match(str(a), str(b)) is (a == b or is_close)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(-(10**12), 10**12), st.sampled_from(["", "$"]), st.sampled_from(["", " m"]))
+def test_integers_match_however_they_are_written(n, money, unit):
+    text = f"{'-' * (n < 0)}{money}{abs(n):,}{unit}."
+    assert answers_match(n, text)
+    assert not answers_match(n + 1, text)
+
+
+LITERALS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.tuples(inner, inner)
+    | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(LITERALS)
+def test_a_literal_matches_itself_and_not_its_list(value):
+    assert answers_match(repr(value), repr(value), "code")
+    assert not answers_match(repr(value), repr([value]), "code")
