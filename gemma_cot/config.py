@@ -1,17 +1,14 @@
-"""Every setting of the program, in one place: model shapes, the run's settings, presets, flags.
+"""Every setting of the program, in one place: model shapes, the run's settings, presets.
 
-A flag's default and help text are the dataclass field below and nothing else; a preset is a dict
-of overrides. Precision, in one paragraph: base weights and activations are float32 on a CPU and
-bfloat16 on accelerators (`--dtype`); norms, softmax, log-softmax, LoRA adapters, gradients and
-optimiser state are float32 everywhere; tests run in float32. No function hard-codes a dtype for
-weights or activations.
+A flag's default and help text are the dataclass field below and nothing else (`settings` makes the
+flags and checks them); a preset is a dict of overrides. Precision, in one paragraph: base weights
+and activations are float32 on a CPU and bfloat16 on accelerators (`--dtype`); norms, softmax,
+log-softmax, LoRA adapters, gradients and optimiser state are float32 everywhere; tests run in
+float32. No function hard-codes a dtype for weights or activations.
 """
 
-import dataclasses
 from dataclasses import dataclass, field
-from importlib import resources
-
-from absl import flags
+from pathlib import Path
 
 # --------------------------------------------------------------------------------------------
 # Model shapes
@@ -219,4 +216,132 @@ GEMMA3_4B = _gemma3(34, 2560, 8, 4, 256, 10_240, **_LARGE)
 GEMMA3_12B = _gemma3(48, 3840, 16, 8, 256, 15_360, **_LARGE)
 GEMMA3_27B = _gemma3(62, 5376, 32, 16, 128, 21_504, query_scalar=168.0, **_LARGE)
 # The embedded model: 6 layers so that one of them is global, as in the real family.
-TINY = _gemma3(6, 128, 4, 1, 32, 384, query_scalar=32.0, vocab_size=768, window=512)
+TINY = _gemma3(6, 128, 4, 1, 32, 256, query_scalar=32.0, vocab_size=768, window=512)
+
+
+# --------------------------------------------------------------------------------------------
+# A run: every flag of `python -m gemma_cot.train`, its default, its meaning
+# --------------------------------------------------------------------------------------------
+
+
+def setting(default, text: str):
+    """Declare a field whose flag has this default and this help text."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. A flag per field; the help text is the documentation."""
+
+    # what is trained on what, and where it goes
+    model: str = setting("", "Hugging Face model folder; empty: the embedded tiny model.")
+    train_data: str = setting("", "Training rows (JSONL); empty: the embedded ones.")
+    eval_data: str = setting("", "Unseen evaluation rows (JSONL); empty: the embedded ones.")
+    output_dir: str = setting("runs/tiny", "Folder of the run.")
+    resume: bool = setting(False, "Go on with the run in output_dir.")
+    overwrite: bool = setting(False, "Delete the run in output_dir and start anew.")
+    seed: int = setting(0, "All randomness and data order are functions of (seed, step).")
+    on_bad_row: str = setting("fail", "A row that breaks the schema: fail, or skip and count it.")
+    instruction: str = setting("", "System text put before every question, in one user turn.")
+    # lengths; longer samples are discarded and counted, never truncated
+    max_prompt_tokens: int = setting(256, "Longest prompt, chat turns included.")
+    max_completion_tokens: int = setting(512, "Longest completion, its stop token included.")
+    # the adapter
+    lora_rank: int = setting(32, "Rank r of the LoRA adapter.")
+    lora_alpha: float = setting(16.0, "Adapter output is multiplied by lora_alpha / lora_rank.")
+    # stage 1: supervised fine-tuning on the syntax
+    sft_steps: int = setting(500, "SFT optimiser steps; 0 leaves the stage out.")
+    sft_batch: int = setting(16, "Examples per SFT step, over all devices.")
+    sft_micro_batches: int = setting(1, "Parts an SFT batch is cut into to save memory.")
+    sft_learning_rate: float = setting(2e-4, "Peak learning rate of SFT.")
+    # stage 2: GRPO
+    grpo_steps: int = setting(1000, "GRPO optimiser steps; 0 leaves the stage out.")
+    num_generations: int = setting(4, "G: completions per prompt, the group of GRPO.")
+    prompts_per_rollout: int = setting(32, "P: prompts sampled together; P / mini_batch updates.")
+    mini_batch: int = setting(4, "Prompts per optimiser step, each with all its completions.")
+    micro_batch: int = setting(1, "Completions a device runs forward and backward at a time.")
+    learning_rate: float = setting(3e-6, "Peak learning rate of GRPO.")
+    beta: float = setting(0.08, "Weight of the KL divergence from the reference (SFT) policy.")
+    kl: str = setting(
+        "ratio_k3", "KL estimator in the loss: ratio_k3 (exact gradient), k2, k3, k1."
+    )
+    epsilon: float = setting(0.2, "The probability ratio is clipped to 1 - epsilon ...")
+    epsilon_high: float = setting(0.2, "... and to 1 + epsilon_high.")
+    temperature: float = setting(1.0, "Sampling temperature; all log-probs are taken at it.")
+    aggregation: str = setting(
+        "grpo", "Token weights: grpo 1/(B n_i), dapo 1/sum n, dr_grpo 1/(B L)."
+    )
+    advantage_scale: str = setting(
+        "group", "Advantages are divided by the std of: group, batch, none."
+    )
+    format_weight: float = setting(1.0, "Weight of the format reward (0 or 1).")
+    process_weight: float = setting(
+        1.0, "Weight of the process reward (0.2 a checkpoint, at most 1)."
+    )
+    outcome_weight: float = setting(1.0, "Weight of the outcome reward (0 or 1).")
+    process_matcher: str = setting(
+        "normalised", "How checkpoints are found: normalised or literal."
+    )
+    reward: tuple[str, ...] = setting(
+        (), "A reward of your own, package.module:function=weight; may be given several times."
+    )
+    # the optimiser of both stages: AdamW, linear warm-up, cosine to 0
+    warmup_fraction: float = setting(0.1, "Share of a stage's steps over which the rate rises.")
+    adam_b1: float = setting(0.9, "AdamW decay of the first moment.")
+    adam_b2: float = setting(0.99, "AdamW decay of the second moment.")
+    weight_decay: float = setting(0.1, "AdamW weight decay.")
+    max_grad_norm: float = setting(0.1, "The gradient's global norm is clipped to this, once.")
+    # the machine
+    mesh: str = setting("auto", "Devices as DATAxMODEL, e.g. 8x1; auto: all of them on data.")
+    dtype: str = setting("auto", "Weights and activations: float32, bfloat16; auto: by device.")
+    remat: bool = setting(False, "Recompute each layer in the backward pass, to save memory.")
+    # seeing and keeping
+    eval_limit: int = setting(0, "Evaluate on the first N rows only; 0: all of them.")
+    eval_batch: int = setting(128, "Prompts decoded together in evaluation.")
+    checkpoint_every: int = setting(100, "Steps between checkpoints (and one after each stage).")
+    keep_checkpoints: int = setting(2, "Latest checkpoints that are kept.")
+    sample_every: int = setting(20, "GRPO steps between printed sample completions; 0: none.")
+    session: str = setting("", "Time limit such as 9h or 50m: GRPO ends early enough to evaluate.")
+
+
+# --preset: command, hardware, what to expect -> overrides of the defaults above.
+PRESETS: dict[str, dict] = {
+    # python -m gemma_cot.train: 2 CPU cores, minutes; see data/README.md for what it reaches.
+    "tiny": dict(
+        max_prompt_tokens=64,
+        max_completion_tokens=128,
+        sft_batch=8,
+        sft_learning_rate=2e-3,
+        grpo_steps=60,
+        prompts_per_rollout=16,
+        mini_batch=16,
+        micro_batch=16,
+        learning_rate=1e-3,
+        beta=0.02,
+        max_grad_norm=1.0,
+        weight_decay=0.0,
+        eval_batch=283,
+        checkpoint_every=100,
+    ),
+    # python -m gemma_cot.train --preset=gemma3_1b_v5e8 --model=DIR --train_data=F --eval_data=F
+    # The recipe on a v5e-8 (8 chips of 16 GB), one session of 9 hours.
+    "gemma3_1b_v5e8": dict(
+        output_dir="runs/gemma3_1b",
+        remat=True,
+        session="9h",
+        instruction=(
+            "Think step by step, then answer. Write your thinking between <reasoning> and "
+            "</reasoning> and only the final answer between <answer> and </answer>."
+        ),
+    ),
+}
+
+
+def embedded(name: str) -> str:
+    """Return the path of a file or folder of the embedded default: tiny_model, train.jsonl, ...
+
+    A wheel carries `data/` inside the package; a checkout has it beside the package.
+    """
+    package = Path(__file__).parent
+    inside = package / "embedded"
+    return str((inside if inside.is_dir() else package.parent / "data") / name)

@@ -36,6 +36,16 @@ class Progress:
         if self._clock() - self._shown >= self._every:
             self._show()
 
+    def count(self, n: int = 1) -> None:
+        """Count `n` more and show nothing: for a stage that prints lines of its own."""
+        self._count += n
+
+    def time_left(self) -> str:
+        """Return the time left at the rate so far, "?" before anything is done."""
+        done = self._count - self._start
+        left = max(0, self._total - self._count) * (self._clock() - self._began)
+        return _clock_time(left / done) if done else "?"
+
     def line(self) -> str:
         """Return the line, e.g. `evaluate  [####----]  50/100  4.8/s  10s left  12 cut off`."""
         seconds, total = self._clock() - self._began, self._total

@@ -14,7 +14,7 @@ from gemma_cot.config import ModelConfig
 from gemma_cot.model.params import PARAM_TABLE, Leaf, Params
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-_LEAVES = {leaf.path.removeprefix("layers/"): leaf for leaf in PARAM_TABLE if leaf.stacked}
+LEAVES = {leaf.path.removeprefix("layers/"): leaf for leaf in PARAM_TABLE if leaf.stacked}
 
 
 @flax.struct.dataclass
@@ -32,7 +32,7 @@ class Lora:
 
 def lora_letters(target: str) -> tuple[str, str]:
     """Return the letters of (a, b): "q" -> ("LDR", "LRNH"), "o" -> ("LNHR", "LRD")."""
-    leaf: Leaf = _LEAVES[target]
+    leaf: Leaf = LEAVES[target]
     kept = "".join(c for c in leaf.letters if c != "L" and c not in leaf.fan_in)
     return f"L{leaf.fan_in}R", f"LR{kept}"
 
@@ -79,7 +79,7 @@ def merge(params: Params, lora: Lora | None) -> Params:
     layers = dict(params["layers"])
     for target, ab in lora.layers.items():
         letters_a, letters_b = lora_letters(target)
-        letters = _LEAVES[target].letters
+        letters = LEAVES[target].letters
         delta = jnp.einsum(f"{letters_a},{letters_b}->{letters}", ab["a"], ab["b"])
         w = layers[target]
         layers[target] = (w.astype(jnp.float32) + lora.scale * delta).astype(w.dtype)

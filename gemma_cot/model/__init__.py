@@ -1,1 +1,1 @@
-"""Gemma 3 in plain functions: params, load, layers, gemma, cache, logprob, sample, in that order."""
+"""Gemma 3 in plain functions; read params, load, layers, gemma, cache, logprob, sample."""

@@ -1,7 +1,7 @@
 """Read and write a model in the Hugging Face layout, both directions by the parameter table.
 
-One file or sharded, text-only or the text tower of a multimodal checkpoint. A missing, unexpected,
-duplicate or misshapen tensor is an error that names it. Knows no tokenizer beyond copying its files.
+One file or sharded, text-only or the text tower of a multimodal checkpoint. A missing, extra,
+duplicate or misshapen tensor is an error that names it. Tokenizer files are only copied.
 """
 
 import json
@@ -41,7 +41,7 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: must be JSON, got {error}; repair or download it again") from None
+        raise ValueError(f"{path}: must be JSON, got {error}; download it again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}; repair it")
     return value
@@ -89,25 +89,34 @@ def wanted_names(cfg: ModelConfig) -> dict[str, tuple[Leaf, int | None]]:
     return names
 
 
-def from_stored(leaf: Leaf, cfg: ModelConfig, stored: np.ndarray, name: str) -> np.ndarray:
-    """Rearrange one stored tensor into our axes (layer axis left out)."""
+def from_stored(
+    leaf: Leaf,
+    sizes: dict[str, int],
+    stored: np.ndarray,
+    name: str,
+    source: str = "config.json",
+) -> np.ndarray:
+    """Rearrange one stored tensor into our axes (layer axis left out).
+
+    source: the file that `sizes` are from; raises ValueError when it does not fit the shape.
+    """
     groups = leaf.hf_layout.split(",")
     letters = leaf.letters.removeprefix("L")
-    expected = tuple(int(np.prod(shape_of(group, cfg.sizes))) for group in groups)
+    expected = tuple(int(np.prod(shape_of(group, sizes))) for group in groups)
     if stored.shape != expected:
         raise ValueError(
-            f"tensor {name}: shape must be {expected} by config.json, got {stored.shape}; "
-            "the weights and config.json are of different models"
+            f"tensor {name}: shape must be {expected} by {source}, got {stored.shape}; "
+            f"the weights and {source} are of different models"
         )
     flat = "".join(groups)
-    return stored.reshape(shape_of(flat, cfg.sizes)).transpose([flat.index(c) for c in letters])
+    return stored.reshape(shape_of(flat, sizes)).transpose([flat.index(c) for c in letters])
 
 
-def to_stored(leaf: Leaf, cfg: ModelConfig, ours: np.ndarray) -> np.ndarray:
+def to_stored(leaf: Leaf, sizes: dict[str, int], ours: np.ndarray) -> np.ndarray:
     """Rearrange one of our tensors (layer axis left out) into the stored layout."""
     groups = leaf.hf_layout.split(",")
     letters = leaf.letters.removeprefix("L")
-    shape = [int(np.prod(shape_of(group, cfg.sizes))) for group in groups]
+    shape = [int(np.prod(shape_of(group, sizes))) for group in groups]
     moved = ours.transpose([letters.index(c) for c in "".join(groups)])
     return np.ascontiguousarray(moved.reshape(shape))
 
@@ -156,10 +165,10 @@ def load_pretrained(
                     if name not in wanted:
                         raise ValueError(
                             f"tensor {name} in {path.name}: not part of a {cfg.num_layers}-layer "
-                            "Gemma 3 text model; the weights and config.json are of different models"
+                            "Gemma 3 text model; weights and config.json are of different models"
                         )
                     leaf, i = wanted[name]
-                    value = from_stored(leaf, cfg, file.get_tensor(stored_name), name)
+                    value = from_stored(leaf, cfg.sizes, file.get_tensor(stored_name), name)
                     target = _leaf_of(leaves[leaf.path], leaf.path)
                     target[... if i is None else i] = value.astype(np_dtype)
         except (SafetensorError, OSError) as error:
@@ -189,7 +198,7 @@ def stored_tensors(cfg: ModelConfig, params: Params):
     """Yield (Hugging Face name, array in stored layout) of every tensor, one at a time."""
     for name, (leaf, i) in wanted_names(cfg).items():
         ours = _leaf_of(params, leaf.path)
-        yield name, to_stored(leaf, cfg, np.asarray(ours if i is None else ours[i]))
+        yield name, to_stored(leaf, cfg.sizes, np.asarray(ours if i is None else ours[i]))
 
 
 def save_pretrained(

@@ -73,5 +73,5 @@ def token_logprobs(
     lora=None,
     temperature: float = 1.0,
 ) -> jax.Array:
-    """Return float32 `logp_BT`: log p(token t | tokens before t) at `temperature`; column 0 is 0."""
+    """Return float32 `logp_BT`: log p(token t | tokens before t) at `temperature`; column 0: 0."""
     return logprobs_and_entropy(params, cfg, tokens_BT, start_B, lora, temperature)[0]

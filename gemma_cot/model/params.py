@@ -19,7 +19,7 @@ Params = dict  # {"embed", "final_norm", "layers": {13 stacked leaves}}
 
 @dataclass(frozen=True)
 class Leaf:
-    """One parameter: where it lives here, and under which name and layout Hugging Face stores it."""
+    """One parameter: where it lives here, and how Hugging Face names and stores it."""
 
     path: str  # "embed" or "layers/q"
     letters: str  # axes of our array

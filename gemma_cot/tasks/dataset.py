@@ -1,7 +1,7 @@
 """Rows of the contract's schema, and the plain text that the tiny model is pretrained on.
 
-A row's `chosen` is tagged; a pretraining solution is not: its lines start with "reasoning:" and
-"answer:". Every checkpoint of a row is an equation that stands in its own reasoning. Knows no model.
+A row's `chosen` is tagged; a pretraining solution is not: its lines start with "reasoning:"
+and "answer:". Every checkpoint of a row is an equation that stands in its reasoning.
 """
 
 import random
@@ -11,7 +11,7 @@ from gemma_cot.tasks.arithmetic import Step, spell, worked_out
 from gemma_cot.tasks.families import Problem, draw_problem
 
 WORKED_OUT_IN_ROWS = 0.25  # share of a row's steps that are worked out; the rest is in the head
-WORKED_OUT_IN_PRETRAINING = 0.6
+WORKED_OUT_IN_PRETRAINING = 0.9
 DRILL_SHARE = 0.3
 
 
@@ -50,16 +50,16 @@ def unique_rows(seed: int, count: int, taken: set[str]) -> list[dict]:
 def drill(rng: random.Random) -> tuple[str, str]:
     """Return a bare calculation and its solution, the sub-steps of working out among them."""
     kind = rng.random()
-    if kind < 0.35:
+    if kind < 0.2:
         step = Step("Result", rng.randint(11, 99), "*", rng.randint(2, 9))
-    elif kind < 0.5:
+    elif kind < 0.4:
         step = Step("Result", rng.randint(11, 99), "*", rng.randint(11, 49))
-    elif kind < 0.8:
+    elif kind < 0.7:
         step = Step("Result", rng.randint(11, 1999), "+", rng.randint(11, 999))
     else:
         a = rng.randint(100, 2900)
         step = Step("Result", a, "-", rng.randint(11, min(a - 1, 999)))
-    work_out = step.op == "*" and rng.random() < 0.5
+    work_out = step.op == "*" and rng.random() < WORKED_OUT_IN_PRETRAINING
     text = worked_out(step) if work_out else step.equation
     return (
         f"{step.a} {step.op} {step.b}",

@@ -1,4 +1,4 @@
-"""Make the embedded default from a seed: datasets, SentencePiece tokenizer, and the tiny base model.
+"""Make the embedded default from a seed: datasets, SentencePiece tokenizer, tiny base model.
 
     python -m gemma_cot.tasks.pretrain --output=data --steps=6000
 
@@ -37,12 +37,12 @@ from gemma_cot.tokenizer import (
 
 FLAGS = flags.FLAGS
 TRAIN_ROWS, EVAL_ROWS = 4000, 849
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 4096
 BUFFER_PAIRS = 4096
 
 
 def write_datasets(out_dir: Path, seed: int) -> set[str]:
-    """Write train.jsonl and eval.jsonl; return all their questions, which pretraining leaves out."""
+    """Write train.jsonl and eval.jsonl; return their questions, which pretraining leaves out."""
     taken: set[str] = set()
     for name, count, row_seed in (("eval", EVAL_ROWS, seed + 1), ("train", TRAIN_ROWS, seed + 2)):
         rows = unique_rows(row_seed, count, taken)
@@ -53,7 +53,7 @@ def write_datasets(out_dir: Path, seed: int) -> set[str]:
 
 
 def train_tokenizer(model_dir: Path, seed: int, taken: set[str]) -> None:
-    """Train a BPE tokenizer to Gemma 3's conventions on plain pretraining text, and its HF files."""
+    """Train a BPE tokenizer to Gemma 3's conventions on pretraining text; write its HF files."""
     pairs = pretraining_pairs(seed, taken)
     texts = [text for _ in range(20_000) for text in next(pairs)]
     unused = [f"<unused{i}>" for i in range(99)]

@@ -1,0 +1,167 @@
+"""A rollout: sample G completions of every prompt, read them, score them.
+
+The record in between sampling and learning is `Rollout`, host arrays and texts. Rewards see text
+only; the arrays keep the sampled ids, which are never re-tokenised.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from gemma_cot.axes import sharding_of
+from gemma_cot.config import ModelConfig
+from gemma_cot.data import Encoded, left_pad
+from gemma_cot.grpo.loss import has_signal
+from gemma_cot.grpo.reward import score
+from gemma_cot.model.params import Params
+from gemma_cot.model.sample import Samples, sample
+from gemma_cot.tokenizer import Tokenizer, decode
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions of one rollout with their scores; row p * G + g is completion g of prompt p."""
+
+    tokens_BT: np.ndarray  # int32, prompt and completion
+    mask_BT: np.ndarray  # bool, completion tokens up to and including the stop token
+    logp_BT: np.ndarray  # float32, the sampler's log-probs
+    start_B: np.ndarray  # int32, first real column
+    stopped_B: np.ndarray  # bool, False = truncated
+    completions: list[str]  # text without the stop token
+    scores: dict[str, list]  # reward function -> a score or None for every completion
+    reward_PG: np.ndarray  # float32, weighted sum
+    valid_PG: np.ndarray  # bool, False where no total can be given
+
+
+def sample_prompts(
+    params: Params,
+    cfg: ModelConfig,
+    lora,
+    prompts: list[list[int]],
+    width: int,
+    key: jax.Array,
+    mesh: Mesh,
+    *,
+    prompt_ids: list[int],
+    num_completions: int,
+    max_new_tokens: int,
+    temperature: float,
+    stop_ids: tuple[int, ...],
+) -> Samples:
+    """Left-pad, place and sample a batch of prompts. Returns device arrays at once (asynchronous).
+
+    prompt_ids: the number that keys each prompt's draws. The number of prompts must be divisible by
+    the mesh's data devices.
+    """
+    tokens_PT, start_P = left_pad(prompts, width)
+    return sample(
+        params,
+        cfg,
+        jax.device_put(tokens_PT, sharding_of("PT", mesh)),
+        jax.device_put(start_P, sharding_of("P", mesh)),
+        key,
+        num_completions=num_completions,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        stop_ids=stop_ids,
+        lora=lora,
+        prompt_id_P=jax.device_put(np.asarray(prompt_ids, np.int32), sharding_of("P", mesh)),
+    )
+
+
+def completion_texts(
+    tokenizer: Tokenizer, tokens_BT: np.ndarray, mask_BT: np.ndarray, stopped_B: np.ndarray
+) -> list[str]:
+    """Return the text of every completion, its stop token left out."""
+    texts = []
+    for tokens_T, mask_T, stopped in zip(tokens_BT, mask_BT, stopped_B, strict=True):
+        ids = tokens_T[mask_T]
+        texts.append(decode(tokenizer, ids[:-1] if stopped else ids))
+    return texts
+
+
+def reward_columns(rows: list[Encoded], repeats: int) -> tuple[list[str], dict[str, list]]:
+    """Return (prompts, dataset columns), every row `repeats` times: what reward functions see.
+
+    Columns: domain, metadata, and every further key of the rows (None where a row lacks it).
+    """
+    examples = [row.example for row in rows for _ in range(repeats)]
+    names = sorted({name for example in examples for name in example.extra})
+    columns = {name: [example.extra.get(name) for example in examples] for name in names}
+    columns["domain"] = [example.domain for example in examples]
+    columns["metadata"] = [example.metadata for example in examples]
+    return [example.prompt for example in examples], columns
+
+
+def combine_rewards(
+    scores: dict[str, list], weights: dict[str, float], group: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (reward_PG, valid_PG): the weighted sum of the scores of every completion.
+
+    A score of None is never 0: a reward that applies to no completion of a group is left out of
+    that group's sums; where it applies to some only, the others have no comparable total and are
+    not valid. A completion without any score is not valid either.
+    """
+    names = list(scores)
+    value = np.array([[np.nan if s is None else s for s in scores[name]] for name in names])
+    value_KPG = value.reshape(len(names), -1, group)
+    given_KPG = ~np.isnan(value_KPG)
+    used_KP1 = given_KPG.any(axis=2, keepdims=True)
+    weight_K11 = np.array([weights[name] for name in names])[:, None, None]
+    reward_PG = np.where(given_KPG, weight_K11 * value_KPG, 0.0).sum(axis=0)
+    valid_PG = (given_KPG | ~used_KP1).all(axis=0) & given_KPG.any(axis=0)
+    return np.where(valid_PG, reward_PG, 0.0).astype(np.float32), valid_PG
+
+
+def score_samples(
+    samples: Samples,
+    rows: list[Encoded],
+    tokenizer: Tokenizer,
+    rewards: list[tuple],
+    group: int,
+) -> Rollout:
+    """Fetch the samples of `rows`, read them and score them. Raises RewardError.
+
+    rewards: (name, function, weight) tuples.
+    """
+    host = jax.device_get(samples)
+    texts = completion_texts(
+        tokenizer, host.tokens_BT, host.completion_mask_BT, host.stopped_B
+    )
+    prompts, columns = reward_columns(rows, group)
+    scores = score(rewards, prompts, texts, columns)
+    weights = {name: weight for name, _, weight in rewards}
+    reward_PG, valid_PG = combine_rewards(scores, weights, group)
+    return Rollout(
+        tokens_BT=host.tokens_BT,
+        mask_BT=host.completion_mask_BT,
+        logp_BT=host.logp_BT,
+        start_B=host.start_B,
+        stopped_B=host.stopped_B,
+        completions=texts,
+        scores=scores,
+        reward_PG=reward_PG,
+        valid_PG=valid_PG,
+    )
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, float]:
+    """Return the metrics of a rollout that need no model: rewards by part, lengths, signal."""
+    reward_PG, valid_PG = rollout.reward_PG, rollout.valid_PG
+    groups = [row[ok] for row, ok in zip(reward_PG, valid_PG, strict=True)]
+    spread_P = [group.std(ddof=1) if len(group) > 1 else 0.0 for group in groups]
+    signal_P = has_signal(jnp.asarray(reward_PG), jnp.asarray(valid_PG))
+    metrics = {
+        "reward": float(reward_PG[valid_PG].mean()) if valid_PG.any() else float("nan"),
+        "reward_std": float(np.mean(spread_P)),
+        "signal_share": float(np.mean(signal_P)),
+        "completion_tokens": float(rollout.mask_BT.sum(axis=1).mean()),
+        "truncated_rate": float(1 - rollout.stopped_B.mean()),
+    }
+    for name, values in rollout.scores.items():
+        given = [value for value in values if value is not None]
+        metrics[f"reward_{name}"] = float(np.mean(given)) if given else float("nan")
+    return metrics
