@@ -309,7 +309,7 @@ PRESETS: dict[str, dict] = {
     # python -m gemma_cot.train: 2 CPU cores, minutes; see data/README.md for what it reaches.
     "tiny": dict(
         max_prompt_tokens=64,
-        max_completion_tokens=128,
+        max_completion_tokens=144,
         sft_batch=8,
         sft_learning_rate=2e-3,
         grpo_steps=60,

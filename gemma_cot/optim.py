@@ -98,4 +98,4 @@ def apply_gradients(
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to its int32 counter
         updates, opt_state = optimizer.update(grads, state.opt_state, state.lora)
     lora = optax.apply_updates(state.lora, updates)
-    return TrainState(state.step + 1, lora, opt_state), optax.global_norm(grads)
+    return TrainState(state.step + 1, lora, opt_state), optax.tree.norm(grads)

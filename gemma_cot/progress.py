@@ -28,6 +28,7 @@ class Progress:
         self._redraws = self._stream.isatty()
         self._every = 0.1 if self._redraws else every_seconds
         self._began = self._shown = clock()
+        self._shown_count = -1  # nothing has been shown yet
         self._note = ""
 
     def update(self, n: int = 1, note: str = "") -> None:
@@ -60,7 +61,7 @@ class Progress:
         return "  ".join(parts + [self._note] * bool(self._note))
 
     def _show(self, end: str = "") -> None:
-        self._shown = self._clock()
+        self._shown, self._shown_count = self._clock(), self._count
         if self._redraws:  # return to column 0, and erase what the longer last line left behind
             columns = shutil.get_terminal_size().columns - 1
             self._stream.write(f"\r{self.line()[:columns]}\x1b[K{end}")
@@ -72,7 +73,8 @@ class Progress:
         return self
 
     def __exit__(self, *_) -> None:
-        self._show(end="\n")
+        if self._redraws or self._shown_count != self._count:
+            self._show(end="\n")
 
 
 def _clock_time(seconds: float) -> str:

@@ -20,9 +20,12 @@ from gemma_cot.axes import make_mesh, replicated
 from gemma_cot.config import ModelConfig, TrainConfig, embedded
 from gemma_cot.data import Encoded, encode_examples, prompt_width, read_jsonl
 from gemma_cot.grpo.reward import format_reward, load_reward, outcome_reward, process_reward
+from gemma_cot.lora import Lora, init_lora
 from gemma_cot.metrics import truncate_after
 from gemma_cot.model.load import load_pretrained, read_json, write_json
 from gemma_cot.model.params import Params
+from gemma_cot.optim import init_state, make_optimizer, make_schedule
+from gemma_cot.policy import resolve_dtype
 from gemma_cot.settings import check_batches, session_seconds
 from gemma_cot.tokenizer import Tokenizer, load_tokenizer
 
@@ -141,9 +144,7 @@ def prepare(cfg: TrainConfig) -> Run:
             )
     mesh = make_mesh(cfg.mesh)
     check_batches(cfg, mesh.shape["data"])
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = {"auto": "float32" if on_cpu else "bfloat16"}.get(cfg.dtype, cfg.dtype)
-    _, params = load_pretrained(model_dir, dtype, mesh)
+    _, params = load_pretrained(model_dir, resolve_dtype(cfg.dtype), mesh)
     return Run(cfg, model_cfg, params, tokenizer, train, unseen, rewards, mesh, rejects)
 
 
@@ -228,3 +229,30 @@ def open_run(run: Run) -> None:
             done = {"sft": run.cfg.sft_steps} if meta["stage"] == "grpo" else {}
             done[meta["stage"]] = meta["step"]
         truncate_after(run.out / "metrics.jsonl", done)
+
+
+def read_config(folder: str | Path) -> tuple[TrainConfig, str]:
+    """Return (settings, base model folder) of the run in `folder`, wherever it was moved to."""
+    stored = read_json(Path(folder) / "config.json")
+    known = {item.name for item in dataclasses.fields(TrainConfig)}
+    if not known <= stored.keys():
+        raise ValueError(
+            f"{folder}/config.json: must hold the settings of a run, got none of "
+            f"{sorted(known - stored.keys())[:3]}; point --run at a folder that train wrote"
+        )
+    values = {name: stored[name] for name in known} | {"output_dir": str(folder)}
+    cfg = TrainConfig(**values | {"reward": tuple(stored["reward"])})
+    return cfg, cfg.model or embedded("tiny_model")
+
+
+def latest_adapter(cfg: TrainConfig, model_cfg: ModelConfig) -> tuple[Lora, str]:
+    """Return the adapter of the latest checkpoint of a run, and which one that is."""
+    folder = Path(cfg.output_dir) / "checkpoints"
+    meta = checkpoint.read_meta(folder)
+    lora = init_lora(jax.random.key(0), model_cfg, cfg.lora_rank, cfg.lora_alpha)
+    optimizer = make_optimizer(cfg, make_schedule(cfg.learning_rate, 1, 0.0))
+    tree = {"state": init_state(optimizer, lora)}
+    if meta["stage"] == "grpo":
+        tree["reference"] = lora if cfg.sft_steps else None
+    tree, meta = checkpoint.restore(folder, tree)
+    return tree["state"].lora, f"{meta['stage']} step {meta['step']}"

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from gemma_cot import cli
+from gemma_cot.config import TrainConfig
 from gemma_cot.curves import draw_curves
 from gemma_cot.data import indices_for_step, target_width
 from gemma_cot.evaluation import (
@@ -31,6 +32,7 @@ from gemma_cot.metrics import MetricsWriter, step_line
 from gemma_cot.model.load import save_pretrained, write_json
 from gemma_cot.model.params import num_params
 from gemma_cot.optim import init_state, make_optimizer, make_schedule, split_batch
+from gemma_cot.policy import write_recipe
 from gemma_cot.progress import Progress
 from gemma_cot.run import Run, open_run, prepare
 from gemma_cot.settings import config_from_flags, define_flags
@@ -170,6 +172,8 @@ def export(run: Run, lora) -> None:
     save_peft(run.out / "adapter", run.model_cfg, lora, run.model_dir)
     merged = merge(run.params, lora)
     save_pretrained(run.out / "merged", run.model_cfg, merged, tokenizer_dir=run.model_dir)
+    for name in ("adapter", "merged"):
+        write_recipe(run.out / name, run.cfg)
 
 
 def finish(run: Run, results: dict[str, list[dict]], steps: dict[str, int]) -> None:
@@ -214,10 +218,9 @@ def describe(run: Run) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Run every stage of the recipe."""
-    run = prepare(config_from_flags(flags.FLAGS))
-    cfg = run.cfg
+def main(cfg: TrainConfig) -> None:
+    """Run every stage of the recipe. Raises ValueError, one line, for bad input."""
+    run = prepare(cfg)
     open_run(run)
     print(describe(run), flush=True)
     key = jax.random.fold_in(jax.random.key(cfg.seed), LORA_KEY)
@@ -239,4 +242,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    cli.run(main)
+    cli.run(lambda: main(config_from_flags(flags.FLAGS)))

@@ -47,7 +47,7 @@ def logprobs_and_entropy(
     x_ID = x_BTD[:, first_column - 1 : T - 1].reshape(-1, cfg.embed_dim)
     target_I = tokens_BT[:, first_column:].reshape(-1)
     rows = target_I.shape[0]
-    chunk = min(chunk, rows)
+    chunk = max(1, min(chunk, rows))
     padding = round_up(rows, chunk) - rows
     x_ICD = jnp.pad(x_ID, ((0, padding), (0, 0))).reshape(-1, chunk, cfg.embed_dim)
     target_IC = jnp.pad(target_I, (0, padding)).reshape(-1, chunk)

@@ -67,6 +67,23 @@ def row_keys(key: jax.Array, prompt_P: jax.Array, num_completions: int) -> jax.A
     return jax.vmap(group, (0, None))(key_P, jnp.arange(num_completions)).reshape(-1)
 
 
+def record_token(step, logits_BV, done_B, out, *, key_B, temperature: float, stop_ids: tuple):
+    """Draw token `step` of every row and write it into `out` = (tokens, logp, mask).
+
+    Rows that are done emit 0. Returns (token_B, done_B, out); a row is done after its stop token.
+    """
+    tokens, logp, mask = out
+    key_now_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, step)
+    token_B, logp_B = draw(logits_BV, key_now_B, temperature)
+    token_B = jnp.where(done_B, 0, token_B)
+    tokens = tokens.at[:, step].set(token_B)
+    logp = logp.at[:, step].set(jnp.where(done_B, 0.0, logp_B))
+    mask = mask.at[:, step].set(~done_B)
+    stop_S = jnp.asarray(stop_ids, jnp.int32)
+    done_B = done_B | (token_B[:, None] == stop_S[None, :]).any(-1)
+    return token_B, done_B, (tokens, logp, mask)
+
+
 @partial(
     jax.jit,
     static_argnames=("cfg", "num_completions", "max_new_tokens", "temperature", "stop_ids"),
@@ -94,22 +111,11 @@ def sample(
     B = P * num_completions
     prompt_id_P = prompt_hash(tokens_PT, start_P) if prompt_id_P is None else prompt_id_P
     key_B = row_keys(key, prompt_id_P, num_completions)
-    stop_S = jnp.asarray(stop_ids, jnp.int32)
     logits_PV, cache = prefill(
         params, cfg, tokens_PT, start_P, lora, num_completions, max_new_tokens
     )
 
-    def record(step, logits_BV, done_B, out):
-        """Draw token `step` of every row; rows that are done emit 0."""
-        tokens, logp, mask = out
-        key_now_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, step)
-        token_B, logp_B = draw(logits_BV, key_now_B, temperature)
-        token_B = jnp.where(done_B, 0, token_B)
-        tokens = tokens.at[:, step].set(token_B)
-        logp = logp.at[:, step].set(jnp.where(done_B, 0.0, logp_B))
-        mask = mask.at[:, step].set(~done_B)
-        done_B = done_B | (token_B[:, None] == stop_S[None, :]).any(-1)
-        return token_B, done_B, (tokens, logp, mask)
+    record = partial(record_token, key_B=key_B, temperature=temperature, stop_ids=stop_ids)
 
     def unfinished(carry):
         step, _, done_B, _, _ = carry

@@ -152,6 +152,7 @@ def make_step(optimizer: optax.GradientTransformation):
 
 
 def main(_) -> None:
+    """Write the datasets, train the tokenizer, train the model."""
     out_dir = Path(FLAGS.output)
     model_dir = out_dir / "tiny_model"
     model_dir.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,60 @@
+"""Run the whole no-flag recipe over several seeds, as a stranger would, and measure it from outside.
+
+    python benchmarks/recipe.py --seeds=0,1,2 > results.jsonl
+
+Prints one JSON line a seed: wall-clock seconds and peak memory of the process, and the rates of
+every stage with their intervals. Further flags of gemma_cot.train may follow `--`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def run_once(seed: int, extra: list[str]) -> dict:
+    """Run the recipe in a process of its own; return its figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        began = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gemma_cot.train", f"--output_dir={out}", f"--seed={seed}", *extra],
+            stdout=sys.stderr,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+        if status:
+            raise SystemExit(f"the run of seed {seed} ended with status {status}")
+        summary = json.loads((out / "summary.json").read_text())
+    names = ("full_format_accuracy", "answer_accuracy", "process_score", "truncated_rate")
+    stages = {
+        stage: {key: value for key, value in rates.items() if key.startswith(names) or key == "n"}
+        for stage, rates in summary["stages"].items()
+    }
+    return {
+        "seed": seed,
+        "seconds": round(seconds, 1),
+        "peak_gib": round(usage.ru_maxrss / 2**20, 2),
+        "seconds_by_phase": summary["seconds"],
+        "stages": stages,
+        "comparisons": summary["comparisons"],
+        "jax": summary["jax"],
+        "cpus": len(os.sched_getaffinity(0)),
+    }
+
+
+def main() -> None:
+    """Parse the command line and print a line a seed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    arguments, extra = parser.parse_known_args()
+    for seed in map(int, arguments.seeds.split(",")):
+        print(json.dumps(run_once(seed, [flag for flag in extra if flag != "--"])), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""A policy to sample from: a model folder, perhaps an adapter, its tokenizer and its recipe.
+
+`gemma_cot.json`, written beside exported weights, keeps the instruction and the token limits of
+training, so that evaluation and generation build the very same prompts. Called by evaluate and
+generate; defines the flags that both share.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from absl import flags
+from jax.sharding import Mesh
+
+from gemma_cot.axes import make_mesh, replicated
+from gemma_cot.config import ModelConfig, TrainConfig, embedded
+from gemma_cot.lora import Lora, load_peft
+from gemma_cot.model.load import load_pretrained, read_json, write_json
+from gemma_cot.model.params import Params
+from gemma_cot.tokenizer import Tokenizer, load_tokenizer
+
+RECIPE = "gemma_cot.json"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What sampling needs."""
+
+    cfg: ModelConfig
+    params: Params
+    lora: Lora | None
+    tokenizer: Tokenizer
+    mesh: Mesh
+    instruction: str
+    max_prompt_tokens: int
+    max_completion_tokens: int
+
+
+def write_recipe(folder: str | Path, cfg: TrainConfig) -> None:
+    """Write the part of a run's settings that prompts depend on beside its weights."""
+    names = ("instruction", "max_prompt_tokens", "max_completion_tokens")
+    write_json(Path(folder) / RECIPE, {name: getattr(cfg, name) for name in names})
+
+
+def read_recipe(*folders: str) -> dict:
+    """Return the recipe of the first folder that has one, else the defaults of training."""
+    recipe = {"instruction": "", "max_prompt_tokens": 256, "max_completion_tokens": 512}
+    for folder in folders:
+        path = Path(folder) / RECIPE
+        if folder and path.is_file():
+            return recipe | read_json(path)
+    return recipe
+
+
+def define_policy_flags() -> None:
+    """Define the flags of every command that loads a policy."""
+    flags.DEFINE_string("model", "", "Hugging Face model folder; empty: the embedded tiny model.")
+    flags.DEFINE_string("adapter", "", "PEFT adapter folder to put on it; empty: none.")
+    flags.DEFINE_string("instruction", None, "Text before the question; default: as trained.")
+    flags.DEFINE_integer("max_prompt_tokens", None, "Longest prompt; default: as trained.")
+    flags.DEFINE_integer("max_completion_tokens", None, "Longest completion; default: as trained.")
+    flags.DEFINE_enum(
+        "dtype", "auto", ["auto", "float32", "bfloat16"], "Weights, activations; auto: by device."
+    )
+    flags.DEFINE_integer("seed", 0, "Seed of sampling.", lower_bound=0)
+    flags.DEFINE_string("mesh", "auto", "Devices as DATAxMODEL; auto: all of them on data.")
+
+
+def load_policy(values: flags.FlagValues) -> Policy:
+    """Load what the flags name. Raises ValueError, one line, for anything missing or unfit."""
+    model_dir = values.model or embedded("tiny_model")
+    recipe = read_recipe(values.adapter, model_dir)
+    for name in recipe:
+        if values[name].value is not None:
+            recipe[name] = values[name].value
+    for name in ("max_prompt_tokens", "max_completion_tokens"):
+        if recipe[name] < 1:
+            raise ValueError(f"--{name}: must be at least 1, got {recipe[name]}; raise it")
+    cfg = ModelConfig.from_hf(read_json(Path(model_dir) / "config.json"))
+    longest = recipe["max_prompt_tokens"] + recipe["max_completion_tokens"]
+    if longest > cfg.max_positions:
+        raise ValueError(
+            f"--max_completion_tokens: prompt + completion must fit the model's "
+            f"{cfg.max_positions} positions, got {longest}; lower it"
+        )
+    tokenizer = load_tokenizer(model_dir, cfg.vocab_size)
+    lora = load_peft(values.adapter, cfg) if values.adapter else None
+    mesh = make_mesh(values.mesh)
+    _, params = load_pretrained(model_dir, resolve_dtype(values.dtype), mesh)
+    lora = jax.device_put(lora, replicated(mesh))
+    names = ("instruction", "max_prompt_tokens", "max_completion_tokens")
+    return Policy(cfg, params, lora, tokenizer, mesh, *(recipe[name] for name in names))
+
+
+def resolve_dtype(dtype: str) -> str:
+    """Return the dtype that "auto" stands for: float32 on a CPU, bfloat16 on accelerators."""
+    on_cpu = jax.default_backend() == "cpu"
+    return {"auto": "float32" if on_cpu else "bfloat16"}.get(dtype, dtype)

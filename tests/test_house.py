@@ -1,0 +1,139 @@
+"""The house rules that a machine can keep: who may import whom, sizes, tests that can fail."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "gemma_cot"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
+
+# A module may import modules of a lower level, and modules to its left on its own level.
+LEVELS = [
+    ["axes", "config", "settings", "stats", "progress", "metrics", "curves", "checkpoint",
+     "grpo.answer", "grpo.reward", "grpo.loss", "tasks.arithmetic", "tasks.families",
+     "tasks.dataset"],
+    ["tokenizer", "data", "optim", "model.params", "model.load", "model.layers", "model.gemma",
+     "model.logprob", "model.cache", "model.sample"],
+    ["lora.lora", "lora.peft", "lora"],
+    ["policy", "sft", "grpo.rollout", "grpo.step", "evaluation", "run", "cli"],
+]  # fmt: skip
+COMMANDS = ["train", "evaluate", "generate", "export", "tasks.pretrain"]
+ORDER = {name: i for i, name in enumerate(name for level in LEVELS for name in level)}
+MAX_FILE, MAX_FUNCTION = 425, 60
+
+
+def module_name(path: Path) -> str:
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    return name.removesuffix(".__init__").removesuffix("__init__")
+
+
+def our_imports(path: Path) -> set[str]:
+    """Return the modules of the package that a file imports, as `module_name` writes them."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gemma_cot"):
+            base = node.module.removeprefix("gemma_cot").lstrip(".")
+            for alias in node.names:
+                inner = f"{base}.{alias.name}".lstrip(".")
+                names.add(inner if inner in ORDER or inner in COMMANDS else base)
+        elif isinstance(node, ast.Import):
+            names |= {a.name.removeprefix("gemma_cot.") for a in node.names
+                      if a.name.startswith("gemma_cot")}  # fmt: skip
+    return names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_imports_point_down(path):
+    name = module_name(path)
+    if name in COMMANDS:
+        assert our_imports(path).isdisjoint(COMMANDS)
+    elif name in ORDER:
+        upwards = {other for other in our_imports(path) if ORDER.get(other, 999) >= ORDER[name]}
+        assert not upwards, f"{name} may not import {upwards}"
+    else:
+        assert name in ("", "grpo", "model", "tasks"), f"{name} has no place in LEVELS"
+        assert not our_imports(path)
+
+
+def test_rooms_keep_to_themselves():
+    for path in SOURCES:
+        name, imports = module_name(path), our_imports(path)
+        if name in ("grpo.loss", "grpo.answer"):
+            assert not imports
+        if name == "grpo.reward":
+            assert imports == {"grpo.answer"}
+        if name.startswith("model."):
+            strangers = ("lora", "grpo", "tokenizer", "optim", "data")
+            assert not {other for other in imports if other.split(".")[0] in strangers}
+        if not name.startswith("tasks"):
+            assert not {other for other in imports if other.startswith("tasks")}
+
+
+def test_only_the_top_level_touches_flags_and_prints():
+    allowed = {*COMMANDS, "settings", "policy", "cli"}
+    for path in SOURCES:
+        if module_name(path) in allowed:
+            continue
+        tree = ast.parse(path.read_text())
+        calls = {n.func.id for n in ast.walk(tree)
+                 if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}  # fmt: skip
+        assert "print" not in calls, path
+        assert "from absl import flags" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_files_and_functions_are_short_and_explained(path):
+    text = path.read_text()
+    assert text.count("\n") <= MAX_FILE
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree), "every file says what it is"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= MAX_FUNCTION, f"{node.name} has {length} lines"
+    for node in tree.body:
+        is_public = isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"
+        if is_public and "tasks.families" not in module_name(path):
+            assert ast.get_docstring(node), f"{node.name} has no docstring"
+
+
+def test_the_core_stays_an_afternoon_of_reading():
+    core = [p for p in SOURCES if module_name(p).split(".")[0] in
+            ("config", "axes", "data", "optim", "model", "lora", "sft", "grpo", "train")]  # fmt: skip
+    lines = sum(path.read_text().count("\n") for path in core)
+    assert lines <= 3600, f"the core has {lines} lines"
+
+
+def asserts(node: ast.FunctionDef, helpers: set[str]) -> bool:
+    """Return whether a test asserts: assert, pytest.raises, or a helper called assert_*."""
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Assert):
+            return True
+        if isinstance(inner, ast.Call):
+            called = inner.func.attr if isinstance(inner.func, ast.Attribute) else (
+                inner.func.id if isinstance(inner.func, ast.Name) else "")  # fmt: skip
+            if called == "raises" or called in helpers:
+                return True
+            if called.startswith("assert_"):
+                return True
+    return False
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_test_can_fail(path):
+    tree = ast.parse(path.read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    helpers = {f.name for f in functions if not f.name.startswith("test") and asserts(f, set())}
+    for function in functions:
+        if function.name.startswith("test"):
+            assert asserts(function, helpers), f"{function.name} asserts nothing"
+
+
+def test_nothing_names_this_workplace_or_leaves_work_for_later():
+    marks = ["TO" + "DO", "FIX" + "ME", "NotImplemented" + "Error", "/wo" + "rk/", "../sha" + "red"]
+    for path in [*SOURCES, *TESTS, ROOT / "README.md", ROOT / "pyproject.toml"]:
+        text = path.read_text()
+        assert not [mark for mark in marks if mark in text], path

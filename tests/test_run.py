@@ -1,0 +1,184 @@
+"""Bad input is refused in one clear line before anything is written or lost."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from gemma_cot.config import PRESETS, TrainConfig, embedded
+from gemma_cot.run import OUTPUTS, open_run, prepare
+
+GOOD = {
+    "domain": "math",
+    "prompt": "1 + 1",
+    "chosen": "<reasoning>1 + 1 = 2</reasoning><answer>2</answer>",
+    "metadata": {"checkpoints": ["1 + 1 = 2"], "final_answer": "2"},
+}
+
+
+@pytest.fixture
+def cfg(tmp_path) -> TrainConfig:
+    """The tiny preset, two evaluation rows, into a folder that does not exist yet."""
+    overrides = dict(output_dir=str(tmp_path / "run"), eval_limit=2)
+    return TrainConfig(**PRESETS["tiny"] | overrides)
+
+
+def refused(cfg: TrainConfig, *words: str) -> str:
+    """Assert that the run is refused in one line with these words, and writes nothing."""
+    with pytest.raises(ValueError) as caught:
+        open_run(prepare(cfg))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+    assert not Path(cfg.output_dir).exists()
+    return message
+
+
+def with_rows(cfg: TrainConfig, tmp_path, *lines) -> TrainConfig:
+    """Return cfg with a training file of these lines (a dict becomes JSON)."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines))
+    return dataclasses.replace(cfg, train_data=str(path))
+
+
+def test_missing_and_empty_data_files(cfg, tmp_path):
+    refused(dataclasses.replace(cfg, train_data=str(tmp_path / "no.jsonl")), "no.jsonl", "readable")
+    refused(dataclasses.replace(cfg, eval_data=str(tmp_path)), str(tmp_path), "readable")
+    refused(with_rows(cfg, tmp_path, ""), "rows.jsonl", "at least one good row")
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ("{'domain'", ("must be JSON",)),
+        ("[1]", ("must be a JSON object", "list")),
+        (GOOD | {"prompt": None}, ("prompt must be a non-blank string", "None")),
+        (GOOD | {"prompt": 5}, ("prompt must be a non-blank string", "5")),
+        ({k: v for k, v in GOOD.items() if k != "prompt"}, ("prompt must be",)),
+        (GOOD | {"metadata": []}, ("metadata must be an object", "list")),
+        (GOOD | {"metadata": "{}"}, ("metadata must be an object", "str")),
+        (GOOD | {"metadata": {"final_answer": "2"}}, ("metadata.checkpoints must be a list",)),
+        (GOOD | {"domain": "art"}, ("domain must be one of math, code, science", "art")),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(cfg, tmp_path, bad, words):
+    rows = with_rows(cfg, tmp_path, GOOD, bad, GOOD)
+    refused(rows, "rows.jsonl:2:", *words)
+    run = prepare(dataclasses.replace(rows, on_bad_row="skip"))
+    assert len(run.train) == 2
+    assert len(run.rejects) == 1 and "rows.jsonl:2:" in run.rejects[0]
+
+
+def test_rows_that_are_all_too_long(cfg, tmp_path):
+    long = GOOD | {"prompt": "1 + " * 100 + "1"}
+    refused(with_rows(cfg, tmp_path, long), "at least one of 1 rows must fit", "--max_prompt")
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    """A copy of the embedded model that a test may damage."""
+    return Path(shutil.copytree(embedded("tiny_model"), tmp_path / "model"))
+
+
+def damage(model: Path, change) -> None:
+    """Rewrite the weights after change(tensors)."""
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors")
+
+
+NORM = "model.norm.weight"
+
+
+def test_damaged_models(cfg, model):
+    cfg = dataclasses.replace(cfg, model=str(model))
+    weights = (model / "model.safetensors").read_bytes()
+    damage(model, lambda t: t.pop(NORM))
+    refused(cfg, "tensors are missing", NORM)
+    (model / "model.safetensors").write_bytes(weights)
+    damage(model, lambda t: t.update({"model.extra": np.zeros(2, np.float32)}))
+    refused(cfg, "model.extra", "not part of")
+    (model / "model.safetensors").write_bytes(weights)
+    damage(model, lambda t: t.update({NORM: np.zeros(5, np.float32)}))
+    refused(cfg, NORM, "(128,)", "(5,)")
+    (model / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    refused(cfg, "model.safetensors", "whole safetensors file")
+    (model / "model.safetensors").unlink()
+    refused(cfg, "safetensors weights, got none")
+    (model / "config.json").unlink()
+    refused(cfg, "config.json", "must exist")
+
+
+def test_damaged_tokenizers(cfg, model):
+    cfg = dataclasses.replace(cfg, model=str(model))
+    tokenizer = model / "tokenizer.model"
+    tokenizer.write_bytes(tokenizer.read_bytes()[:100])
+    refused(cfg, "tokenizer.model", "must be a SentencePiece model")
+    tokenizer.unlink()
+    refused(cfg, "tokenizer.model", "must exist")
+
+
+def test_a_vocabulary_larger_than_the_embedding(cfg, model):
+    cfg = dataclasses.replace(cfg, model=str(model))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 700}))
+    refused(cfg, "vocabulary must fit the embedding's 700 rows", "768")
+
+
+def test_batches_that_do_not_divide(cfg):
+    # conftest's four host devices are all on the data axis
+    refused(dataclasses.replace(cfg, micro_batch=3), "micro_batch", "64", "set --micro_batch to")
+    refused(dataclasses.replace(cfg, sft_batch=6), "--sft_batch", "divisible by 4", "=8")
+    refused(dataclasses.replace(cfg, mesh="3x1"), "--mesh=3x1", "4 devices")
+
+
+def test_another_run_in_the_folder_is_never_touched(cfg):
+    out = Path(cfg.output_dir)
+    open_run(prepare(cfg))
+    (out / "metrics.jsonl").write_text('{"stage": "sft", "step": 1}\n')
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="must not hold a run, got one; add --resume"):
+        prepare(cfg)
+    with pytest.raises(ValueError, match="first beta: 0.02 then, 0.5 now"):
+        prepare(dataclasses.replace(cfg, resume=True, beta=0.5))
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (out / "notes.txt").write_text("mine")
+    open_run(prepare(dataclasses.replace(cfg, overwrite=True)))
+    assert not (out / "metrics.jsonl").exists() and "metrics.jsonl" in OUTPUTS
+    assert (out / "notes.txt").read_text() == "mine"  # only what a run writes is deleted
+
+
+def test_resuming_nothing(cfg):
+    refused(dataclasses.replace(cfg, resume=True), "--resume", "must hold a run")
+
+
+def test_rewards_that_cannot_be_used(cfg):
+    refused(dataclasses.replace(cfg, reward=("no_such_module_:f",)), "--reward", "no_such_module_")
+    refused(dataclasses.replace(cfg, reward=("math:sqrt", "math:sqrt=2")), "--reward", "sqrt twice")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--beta_=1"], "Unknown command line flag 'beta_'"),
+        (["--preset=huge"], "preset=huge"),
+        (["--sft_steps=many"], "sft_steps=many"),
+        (["rows.jsonl"], "arguments must be --flags, got ['rows.jsonl']"),
+        (["--epsilon=-1"], "--epsilon: must be at least 0, got -1.0; raise --epsilon"),
+        (["--prompts_per_rollout=6"], "--mini_batch: must divide prompts_per_rollout 6, got 16"),
+        (["--session=9 hours"], "--session: must be a time such as 9h"),
+    ],
+)
+def test_bad_flags_end_with_one_line_and_exit_code_2(tmp_path, arguments, words):
+    command = [sys.executable, "-m", "gemma_cot.train", f"--output_dir={tmp_path}/run", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
+    assert words in done.stderr
+    assert done.stdout == "" and not (tmp_path / "run").exists()

@@ -1,0 +1,210 @@
+"""The whole loop on a few short rows: every output is there, a stopped run resumes to the same
+numbers, a broken reward loses nothing."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from gemma_cot import train
+from gemma_cot.config import PRESETS, TrainConfig, embedded
+from gemma_cot.evaluation import read_results
+from gemma_cot.grpo.reward import RewardError
+from gemma_cot.lora import load_peft, merge
+from gemma_cot.metrics import METRICS, read_metrics
+from gemma_cot.model.load import load_pretrained
+
+USER_REWARD = """
+calls, fail_at = 0, None
+
+def short(prompts, completions, *, metadata, domain, level, **columns):
+    global calls
+    calls += 1
+    if fail_at == calls:
+        raise RuntimeError("reward broke on purpose")
+    assert len(metadata) == len(domain) == len(level) == len(prompts) == len(completions)
+    return [None if one == 0 else 1 / (1 + len(text)) for one, text in zip(level, completions)]
+"""
+
+
+@pytest.fixture(scope="module")
+def user_reward(tmp_path_factory):
+    """A module of the user's, importable, whose function can be told to fail."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "user_reward.py").write_text(USER_REWARD)
+    sys.path.insert(0, str(folder))
+    import user_reward
+
+    yield user_reward
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory, user_reward) -> TrainConfig:
+    """Two SFT and four GRPO steps on twelve short rows, four devices, two updates a rollout."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, first in (("train", 2), ("eval", 50)):
+        rows = [
+            {
+                "domain": "math",
+                "prompt": f"{a} + {a}",
+                "chosen": f"<reasoning>{a} + {a} = {2 * a}</reasoning><answer>{2 * a}</answer>",
+                "metadata": {"checkpoints": [f"{a} + {a} = {2 * a}"], "final_answer": str(2 * a)},
+                "level": a % 3,
+            }
+            for a in range(first, first + 12)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return TrainConfig(
+        **PRESETS["tiny"]
+        | dict(
+            train_data=str(folder / "train.jsonl"),
+            eval_data=str(folder / "eval.jsonl"),
+            output_dir=str(tmp_path_factory.mktemp("out") / "whole"),
+            max_completion_tokens=40,
+            lora_rank=4,
+            sft_steps=2,
+            sft_batch=4,
+            grpo_steps=4,
+            num_generations=2,
+            prompts_per_rollout=4,
+            mini_batch=2,
+            micro_batch=1,
+            eval_limit=6,
+            checkpoint_every=2,
+            sample_every=1,
+            reward=("user_reward:short=0.5",),
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(cfg) -> TrainConfig:
+    """The settings of a run that was never interrupted, after it ended."""
+    train.main(cfg)
+    return cfg
+
+
+def numbers(folder) -> list[dict]:
+    """Return the rows of metrics.jsonl without the times, which differ from run to run."""
+    rows = read_metrics(f"{folder}/metrics.jsonl")
+    timed = ("tokens_per_second", "seconds_")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
+
+
+def test_a_run_leaves_all_its_outputs(whole, capsys):
+    out = whole.output_dir
+    rows = numbers(out)
+    steps = [(row["stage"], row["step"]) for row in rows]
+    assert steps == [("sft", 1), ("sft", 2), *(("grpo", n) for n in range(1, 5))]
+    known = {*METRICS, "stage", "step", "reward_short"}
+    assert all(set(row) <= known for row in rows)
+    assert all(row["ratio_max"] == 1.0 for row in rows if row["step"] % 2 and "ratio_max" in row)
+    drift = [row["logp_drift_max"] for row in rows if row["stage"] == "grpo"]
+    assert max(drift) < 1e-4  # the same network code in sampler and trainer, float32
+    summary = json.loads(open(f"{out}/summary.json").read())
+    for stage in ("base", "sft", "grpo"):
+        results = read_results(f"{out}/eval/{stage}.jsonl")
+        assert summary["stages"][stage]["n"] == len(results) == 6
+        low, high = summary["stages"][stage]["full_format_accuracy_interval"]
+        assert low <= summary["stages"][stage]["full_format_accuracy"] <= high
+    assert summary["steps"] == {"sft": 2, "grpo": 4}
+    assert "<svg" in open(f"{out}/curves.svg").read()
+    config = json.loads(open(f"{out}/config.json").read())
+    assert config == train_config_as_json(whole)
+
+
+def train_config_as_json(cfg) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(cfg)))
+
+
+def test_exports_hold_the_trained_policy(whole):
+    model_cfg, base = load_pretrained(embedded("tiny_model"), "float32")
+    _, merged = load_pretrained(f"{whole.output_dir}/merged", "float32")
+    lora = load_peft(f"{whole.output_dir}/adapter", model_cfg)
+    for a, b in zip(jax.tree.leaves(merge(base, lora)), jax.tree.leaves(merged), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert float(abs(lora.layers["q"]["b"]).max()) > 0  # it was trained
+    changed = [np.any(np.asarray(a) != np.asarray(b)) for a, b in
+               zip(jax.tree.leaves(base), jax.tree.leaves(merged), strict=True)]  # fmt: skip
+    assert sum(changed) == 7  # the seven projections, and nothing else
+
+
+def test_a_broken_reward_ends_the_run_and_resuming_gives_the_same_numbers(whole, user_reward):
+    out = whole.output_dir.replace("whole", "broken")
+    cfg = dataclasses.replace(whole, output_dir=out)
+    user_reward.calls, user_reward.fail_at = 0, 2  # in the second rollout
+    with pytest.raises(RewardError, match="short - must not raise - got RuntimeError: reward broke"):
+        train.main(cfg)
+    user_reward.fail_at = None
+    assert [row["step"] for row in numbers(out)] == [1, 2, 1, 2]
+    train.main(dataclasses.replace(cfg, resume=True))
+    assert numbers(out) == numbers(whole.output_dir)
+    for stage in ("base", "sft", "grpo"):
+        assert read_results(f"{out}/eval/{stage}.jsonl") == read_results(
+            f"{whole.output_dir}/eval/{stage}.jsonl"
+        )
+    for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
+        assert open(f"{out}/{name}", "rb").read() == open(f"{whole.output_dir}/{name}", "rb").read()
+
+
+def test_grpo_without_sft_starts_from_the_base_model(whole):
+    out = whole.output_dir.replace("whole", "no_sft")
+    cfg = dataclasses.replace(whole, output_dir=out, sft_steps=0, grpo_steps=2, eval_limit=4)
+    train.main(cfg)
+    summary = json.loads(open(f"{out}/summary.json").read())
+    assert list(summary["stages"]) == ["base", "grpo"]
+    first = numbers(out)[0]
+    assert first["kl"] == 0.0  # b = 0: policy and reference are the base model
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    """Run a command line of the package on one CPU device."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], capture_output=True, text=True, env=environment,
+        timeout=300,
+    )  # fmt: skip
+
+
+def test_export_evaluate_and_generate_agree_with_the_run(whole, tmp_path):
+    exported = command(
+        "gemma_cot.export", f"--run={whole.output_dir}", f"--output={tmp_path}/merged"
+    )
+    assert exported.returncode == 0, exported.stderr
+    assert "merged export of grpo step 4" in exported.stdout
+    weights = "merged/model.safetensors"
+    assert (tmp_path / weights).read_bytes() == open(f"{whole.output_dir}/{weights}", "rb").read()
+    evaluated = command(
+        "gemma_cot.evaluate", f"--model={tmp_path}/merged", f"--data={whole.eval_data}",
+        "--limit=6", f"--output={tmp_path}/rows.jsonl",
+    )  # fmt: skip
+    assert evaluated.returncode == 0, evaluated.stderr
+    wanted = read_results(f"{whole.output_dir}/eval/grpo.jsonl")
+    assert read_results(tmp_path / "rows.jsonl") == wanted
+    prompt = f"--prompt={wanted[0]['prompt']}"
+    generated = command("gemma_cot.generate", f"--adapter={whole.output_dir}/adapter", prompt)
+    assert generated.returncode == 0, generated.stderr
+    assert generated.stdout == wanted[0]["completion"] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("generate",), "--prompt: must hold a question"),
+        (("generate", "--prompt=" + "7 " * 400), "--prompt: must be at most 256 tokens"),
+        (("generate", "--prompt=a", "--adapter=nowhere"), "nowhere: must hold adapter_config.json"),
+        (("evaluate", "--data=nowhere.jsonl", "--output=x"), "nowhere.jsonl: must be a readable"),
+        (("evaluate",), "--output: must name a file"),
+        (("export", "--run=nowhere", "--output=x"), "nowhere/config.json: file must exist"),
+    ],
+)
+def test_the_other_commands_refuse_bad_input(arguments, words):
+    done = command(f"gemma_cot.{arguments[0]}", *arguments[1:])
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and words in done.stderr
