@@ -1,4 +1,4 @@
-"""Run the whole no-flag recipe over several seeds, as a stranger would, and measure it from outside.
+"""Run the no-flag recipe over several seeds, as a stranger would, and measure it from outside.
 
     python benchmarks/recipe.py --seeds=0,1,2 > results.jsonl
 
@@ -21,10 +21,8 @@ def run_once(seed: int, extra: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         began = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "gemma_cot.train", f"--output_dir={out}", f"--seed={seed}", *extra],
-            stdout=sys.stderr,
-        )
+        command = [sys.executable, "-m", "gemma_cot.train", f"--output_dir={out}", f"--seed={seed}"]
+        process = subprocess.Popen([*command, *extra], stdout=sys.stderr)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - began
         if status:

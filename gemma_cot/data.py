@@ -74,7 +74,8 @@ def parse_row(line: bytes | str, number: int) -> Example:
     """Turn one line into an Example. Raises ValueError saying what is wrong with it."""
     try:
         row = json.loads(line)
-    except ValueError as error:  # bad JSON and bad UTF-8 alike
+        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair (\ud800) is no text
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, bottomless nesting
         raise ValueError(f"must be JSON in UTF-8, got {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f"must be a JSON object, got {type(row).__name__}")

@@ -167,7 +167,8 @@ def write_results(path: str | Path, results: list[dict]) -> None:
 
 def read_results(path: str | Path) -> list[dict]:
     """Read what `write_results` wrote."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    lines = Path(path).read_text(encoding="utf-8").split("\n")  # U+2028 in a text ends no line
+    return [json.loads(line) for line in lines if line]
 
 
 def table(stages: dict[str, dict], comparisons: dict[str, dict]) -> str:

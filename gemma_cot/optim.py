@@ -85,8 +85,11 @@ def accumulate_gradients(loss_fn: Callable, lora, batch: dict) -> tuple:
 
     first = {name: value[0] for name, value in batch.items()}
     shapes = jax.eval_shape(lambda: loss_fn(lora, first)[1])
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    start = (jax.tree.map(jnp.zeros_like, lora), zeros)
+    start_metrics = {
+        name: jnp.full(leaf.shape, -jnp.inf if name.endswith("_max") else 0, leaf.dtype)
+        for name, leaf in shapes.items()
+    }
+    start = (jax.tree.map(jnp.zeros_like, lora), start_metrics)
     (grads, metrics), _ = jax.lax.scan(one, start, batch)
     return grads, metrics
 

@@ -31,10 +31,10 @@ _AT_LEAST = {
 _ABOVE_ZERO = ("temperature", "max_grad_norm", "lora_alpha")
 
 
-def define_flags() -> None:
-    """Define --preset and one absl flag per field of TrainConfig."""
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Define --preset and one absl flag per field of TrainConfig on `values`."""
     flags.DEFINE_enum(
-        "preset", "tiny", sorted(PRESETS), "Named set of defaults; flags win over it."
+        "preset", "tiny", sorted(PRESETS), "Named set of defaults; flags win over it.", values
     )
     define = {
         bool: flags.DEFINE_bool,
@@ -45,7 +45,7 @@ def define_flags() -> None:
     }
     for item in dataclasses.fields(TrainConfig):
         default = list(item.default) if isinstance(item.default, tuple) else item.default
-        define[item.type](item.name, default, item.metadata["help"])
+        define[item.type](item.name, default, item.metadata["help"], flag_values=values)
 
 
 def config_from_flags(values: flags.FlagValues) -> TrainConfig:

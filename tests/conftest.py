@@ -4,6 +4,7 @@ The tiny test model has a different size on every axis, so that a transposed axi
 """
 
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
@@ -12,6 +13,7 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
+import sentencepiece
 
 from gemma_cot.config import ModelConfig
 from gemma_cot.model.params import init_params
@@ -52,3 +54,47 @@ def params(cfg):
         for x, key in zip(leaves, keys, strict=True)
     ]
     return jax.tree.unflatten(structure, noisy)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory) -> Path:
+    """A folder with a SentencePiece tokenizer of 480 pieces to Gemma 3's conventions.
+
+    The control tokens have Gemma 3's ids: <pad> 0, <eos> 1, <bos> 2, <unk> 3, <mask> 4,
+    [multimodal] 5, 99 unused ones, <start_of_turn> 105, <end_of_turn> 106, newline 107, two 108.
+    """
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = ["apples", "pears", "coins", "hours", "boxes", "metres", "answer", "reasoning"]
+    lines = [
+        f"Tom has {7 * i % 100} {a} and gives {3 * i} {b} away. So {7 * i} - {3 * i} = {4 * i}\n"
+        for i, (a, b) in enumerate(zip(words * 8, words[3:] * 12, strict=False))
+    ]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=480,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        unk_piece="<unk>",
+        user_defined_symbols=["<mask>", "[multimodal]"]
+        + [f"<unused{i}>" for i in range(99)]
+        + ["<start_of_turn>", "<end_of_turn>", "\n", "\n\n"],
+        byte_fallback=True,
+        split_digits=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        allow_whitespace_only_pieces=True,
+        required_chars="<>/=_",
+        character_coverage=1.0,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    return folder

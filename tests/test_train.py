@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -107,15 +108,15 @@ def test_a_run_leaves_all_its_outputs(whole, capsys):
     assert all(row["ratio_max"] == 1.0 for row in rows if row["step"] % 2 and "ratio_max" in row)
     drift = [row["logp_drift_max"] for row in rows if row["stage"] == "grpo"]
     assert max(drift) < 1e-4  # the same network code in sampler and trainer, float32
-    summary = json.loads(open(f"{out}/summary.json").read())
+    summary = json.loads(Path(f"{out}/summary.json").read_text())
     for stage in ("base", "sft", "grpo"):
         results = read_results(f"{out}/eval/{stage}.jsonl")
         assert summary["stages"][stage]["n"] == len(results) == 6
         low, high = summary["stages"][stage]["full_format_accuracy_interval"]
         assert low <= summary["stages"][stage]["full_format_accuracy"] <= high
     assert summary["steps"] == {"sft": 2, "grpo": 4}
-    assert "<svg" in open(f"{out}/curves.svg").read()
-    config = json.loads(open(f"{out}/config.json").read())
+    assert "<svg" in Path(f"{out}/curves.svg").read_text()
+    config = json.loads(Path(f"{out}/config.json").read_text())
     assert config == train_config_as_json(whole)
 
 
@@ -139,7 +140,7 @@ def test_a_broken_reward_ends_the_run_and_resuming_gives_the_same_numbers(whole,
     out = whole.output_dir.replace("whole", "broken")
     cfg = dataclasses.replace(whole, output_dir=out)
     user_reward.calls, user_reward.fail_at = 0, 2  # in the second rollout
-    with pytest.raises(RewardError, match="short - must not raise - got RuntimeError: reward broke"):
+    with pytest.raises(RewardError, match="short - must not raise - got RuntimeError: reward"):
         train.main(cfg)
     user_reward.fail_at = None
     assert [row["step"] for row in numbers(out)] == [1, 2, 1, 2]
@@ -150,14 +151,14 @@ def test_a_broken_reward_ends_the_run_and_resuming_gives_the_same_numbers(whole,
             f"{whole.output_dir}/eval/{stage}.jsonl"
         )
     for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
-        assert open(f"{out}/{name}", "rb").read() == open(f"{whole.output_dir}/{name}", "rb").read()
+        assert Path(f"{out}/{name}").read_bytes() == Path(f"{whole.output_dir}/{name}").read_bytes()
 
 
 def test_grpo_without_sft_starts_from_the_base_model(whole):
     out = whole.output_dir.replace("whole", "no_sft")
     cfg = dataclasses.replace(whole, output_dir=out, sft_steps=0, grpo_steps=2, eval_limit=4)
     train.main(cfg)
-    summary = json.loads(open(f"{out}/summary.json").read())
+    summary = json.loads(Path(f"{out}/summary.json").read_text())
     assert list(summary["stages"]) == ["base", "grpo"]
     first = numbers(out)[0]
     assert first["kl"] == 0.0  # b = 0: policy and reference are the base model
@@ -179,7 +180,7 @@ def test_export_evaluate_and_generate_agree_with_the_run(whole, tmp_path):
     assert exported.returncode == 0, exported.stderr
     assert "merged export of grpo step 4" in exported.stdout
     weights = "merged/model.safetensors"
-    assert (tmp_path / weights).read_bytes() == open(f"{whole.output_dir}/{weights}", "rb").read()
+    assert (tmp_path / weights).read_bytes() == Path(f"{whole.output_dir}/{weights}").read_bytes()
     evaluated = command(
         "gemma_cot.evaluate", f"--model={tmp_path}/merged", f"--data={whole.eval_data}",
         "--limit=6", f"--output={tmp_path}/rows.jsonl",

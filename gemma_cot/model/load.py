@@ -20,6 +20,7 @@ from gemma_cot.config import ModelConfig
 from gemma_cot.model.params import PARAM_TABLE, Leaf, Params, build, param_shardings
 
 SHARD_BYTES = 5 * 10**9
+INDEX = "model.safetensors.index.json"
 # Multimodal checkpoints put the text tower under one of these.
 _PREFIXES = ("language_model.", "model.language_model.")
 # ... and these beside it; we leave them alone.
@@ -49,7 +50,7 @@ def read_json(path: Path) -> dict:
 
 def weight_files(model_dir: Path) -> list[Path]:
     """Return the safetensors files of a model folder: those of the index, else every one."""
-    index = model_dir / "model.safetensors.index.json"
+    index = model_dir / INDEX
     if index.is_file():
         names = sorted(set(read_json(index).get("weight_map", {}).values()))
         files = [model_dir / name for name in names]
@@ -122,8 +123,8 @@ def to_stored(leaf: Leaf, sizes: dict[str, int], ours: np.ndarray) -> np.ndarray
 
 
 def check_lm_head(head: np.ndarray, params: Params) -> None:
-    """Accept a stored copy of the tied embedding; refuse one that differs."""
-    if not np.array_equal(head.astype(np.float32), params["embed"].astype(np.float32)):
+    """Accept a stored copy of the tied embedding; refuse one that differs in the loaded dtype."""
+    if not np.array_equal(head.astype(params["embed"].dtype), params["embed"]):
         raise ValueError(
             "tensor lm_head.weight: must equal the embedding (Gemma 3 ties them), got other "
             "values; use a checkpoint with tied embeddings"
@@ -226,13 +227,17 @@ def save_pretrained(
         f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" if many else "model.safetensors"
         for n in range(len(shards))
     ]
+    # weights of an earlier save would be found beside the new ones, an old index even before them
+    stale = [*out_dir.glob("model-*-of-*.safetensors"), out_dir / "model.safetensors"]
+    for old in [*stale, out_dir / INDEX]:
+        old.unlink(missing_ok=True)
     for name, shard in zip(names, shards, strict=True):
         save_file(shard, out_dir / name, metadata={"format": "pt"})
     if many:
         weight_map = {key: n for n, shard in zip(names, shards, strict=True) for key in shard}
         total = sum(array.nbytes for shard in shards for array in shard.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(out_dir / "model.safetensors.index.json", index)
+        write_json(out_dir / INDEX, index)
     hf = cfg.to_hf() | {"torch_dtype": str(jax.tree.leaves(params)[0].dtype)}
     write_json(out_dir / "config.json", hf)
     generation = {"bos_token_id": 2, "eos_token_id": [1, 106], "pad_token_id": 0}

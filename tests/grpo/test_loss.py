@@ -1,0 +1,328 @@
+"""Advantages, weights and loss equal their NumPy twins, in value and gradient, and what must hold.
+
+The proof of the KL table, on a categorical policy enumerated exactly, is in test_kl.py.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from grpo_reference import (
+    reference_advantages,
+    reference_gradient,
+    reference_loss,
+    reference_weights,
+)
+
+from gemma_cot.grpo.loss import group_advantages, grpo_loss, has_signal, token_weights
+
+# float32 has 24 bits (6e-8); sums of 30 products of exponentials lose a digit or two of them.
+CLOSE = dict(rtol=1e-5, atol=1e-6)
+AGGREGATIONS = ("grpo", "dapo", "dr_grpo")
+KINDS = ("k1", "k2", "k3", "ratio_k3")
+L_MAX = 9
+# Uneven lengths: 6, 1 (a stop token alone), 4, none at all, 3 with a hole, 6, 2, 3 tokens.
+MASK_BT = np.array(
+    [
+        [0, 1, 1, 1, 1, 1, 1],
+        [0, 1, 0, 0, 0, 0, 0],
+        [0, 0, 1, 1, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 1, 0],
+        [0, 1, 1, 1, 1, 1, 1],
+        [0, 1, 1, 0, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0, 0],
+    ],
+    bool,
+)
+
+
+def draw_batch(seed: int = 0, spread: float = 0.3) -> dict[str, np.ndarray]:
+    """Return float32 log-probs (policy, old, reference) about `spread` apart, and advantages."""
+    rng = np.random.default_rng(seed)
+    logp_BT = -rng.gamma(2.0, 1.0, MASK_BT.shape)
+    near = [logp_BT + rng.normal(0.0, spread, MASK_BT.shape) for _ in range(2)]
+    advantage_B = rng.normal(0.0, 1.0, len(MASK_BT))
+    arrays = {"logp": logp_BT, "old": near[0], "ref": near[1], "advantage": advantage_B}
+    return {name: value.astype(np.float32) for name, value in arrays.items()}
+
+
+def loss_and_gradient(logp_BT, *arguments, **options):
+    """Return (loss, d loss / d logp_BT) of our loss as NumPy arrays."""
+    arguments = [None if x is None else jnp.asarray(x) for x in arguments]
+    (loss, _), grad_BT = jax.value_and_grad(grpo_loss, has_aux=True)(
+        jnp.asarray(logp_BT), *arguments, **options
+    )
+    return np.asarray(loss), np.asarray(grad_BT)
+
+
+# ---- advantages ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages_equal_the_loop(scale):
+    rng = np.random.default_rng(1)
+    reward_PG = rng.choice([0.0, 0.2, 1.0, 2.4], (40, 5)).astype(np.float32)
+    valid_PG = rng.random((40, 5)) < 0.7
+    valid_PG[0], valid_PG[1], reward_PG[2] = False, [1, 0, 0, 0, 0], 1.0
+    ours = group_advantages(jnp.asarray(reward_PG), jnp.asarray(valid_PG), scale=scale)
+    assert ours.dtype == jnp.float32
+    twin = reference_advantages(reward_PG, valid_PG, scale, epsilon=1e-4)
+    np.testing.assert_allclose(ours, twin, **CLOSE)
+    assert (np.asarray(ours)[~valid_PG] == 0).all()
+    np.testing.assert_allclose(ours.sum(axis=1), 0.0, atol=5e-6)  # 5 values of size 2, rounded
+
+
+def test_advantages_without_a_mask_are_those_of_all_valid():
+    reward_PG = jnp.asarray([[0.0, 1.0, 3.0], [2.0, 2.5, 0.0]])
+    everything = jnp.ones((2, 3), bool)
+    assert (group_advantages(reward_PG) == group_advantages(reward_PG, everything)).all()
+
+
+def test_one_right_of_four():
+    # Mean 1/4; deviations 3/4 and -1/4; variance (9 + 1 + 1 + 1)/16 / 3 = 1/4, std 1/2:
+    # +1.5 and -0.5 with G - 1 in the denominator (G would give +1.732 and -0.577).
+    # epsilon 1e-4 beside 0.5 makes them 2e-4 smaller.
+    advantage_PG = group_advantages(jnp.asarray([[0.0, 1.0, 0.0, 0.0]]))
+    np.testing.assert_allclose(advantage_PG, [[-0.5, 1.5, -0.5, -0.5]], rtol=2.1e-4)
+    exact_PG = group_advantages(jnp.asarray([[0.0, 1.0, 0.0, 0.0]]), epsilon=0.0)
+    np.testing.assert_allclose(exact_PG, [[-0.5, 1.5, -0.5, -0.5]], rtol=1e-6)
+
+
+def test_a_reward_that_does_not_apply_is_left_out_of_the_mean():
+    # Valid 1, 0: mean 1/2, std sqrt(1/2) -> +-0.7071. As a third reward 0 it would shift both.
+    reward_PG = jnp.asarray([[1.0, 0.0, jnp.nan]])
+    advantage_PG = group_advantages(reward_PG, jnp.asarray([[True, True, False]]), epsilon=0.0)
+    np.testing.assert_allclose(advantage_PG, [[0.5**0.5, -(0.5**0.5), 0.0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_a_group_without_signal_is_exactly_zero(scale):
+    noise = np.nextafter(np.float32(0.3), np.float32(1))  # the next float32 number, 3e-8 above
+    assert noise != np.float32(0.3)
+    reward_PG = np.array(
+        [[1, 1, 1], [0, 0, 0], [0.3, noise, 0.3], [5, 1, 2], [7, 3, 3], [0, 1, 0]], np.float32
+    )
+    valid_PG = np.ones((6, 3), bool)
+    valid_PG[3], valid_PG[4] = False, [False, True, True]
+    with jax.debug_nans(True):
+        advantage_PG = group_advantages(
+            jnp.asarray(reward_PG), jnp.asarray(valid_PG), scale=scale, epsilon=1e-12
+        )
+    assert (np.asarray(advantage_PG)[:5] == 0).all()
+    assert (np.asarray(advantage_PG)[5] != 0).all()
+    signal_P = has_signal(jnp.asarray(reward_PG), jnp.asarray(valid_PG))
+    assert signal_P.tolist() == [False] * 5 + [True]
+
+
+def test_a_batch_without_any_valid_reward_is_zero():
+    none_PG = jnp.zeros((2, 3), bool)
+    with jax.debug_nans(True):
+        for scale in ("group", "batch", "none"):
+            advantage_PG = group_advantages(jnp.full((2, 3), jnp.inf), none_PG, scale=scale)
+            assert (advantage_PG == 0).all()
+
+
+# ---- weights ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_weights_equal_the_loop(aggregation):
+    weight_BT = token_weights(jnp.asarray(MASK_BT), aggregation, L_MAX)
+    assert weight_BT.dtype == jnp.float32
+    np.testing.assert_allclose(weight_BT, reference_weights(MASK_BT, aggregation, L_MAX), rtol=1e-6)
+    assert (np.asarray(weight_BT)[~MASK_BT] == 0).all()
+
+
+def test_weights_as_a_picture():
+    # Rows of 2 and 1 tokens, B = 2: 1/(2*2) and 1/(2*1); 1/3; 1/(2*4).
+    mask_BT = jnp.asarray([[False, True, True], [False, True, False]])
+    picture = {
+        "grpo": [[0, 0.25, 0.25], [0, 0.5, 0]],
+        "dapo": [[0, 1 / 3, 1 / 3], [0, 1 / 3, 0]],
+        "dr_grpo": [[0, 0.125, 0.125], [0, 0.125, 0]],
+    }
+    for aggregation, expected in picture.items():
+        np.testing.assert_allclose(token_weights(mask_BT, aggregation, 4), expected, rtol=1e-6)
+
+
+def test_weights_sum_to_one():
+    full_BT = jnp.asarray(MASK_BT[MASK_BT.any(axis=1)])
+    assert float(token_weights(full_BT, "grpo").sum()) == pytest.approx(1.0, rel=1e-6)
+    assert float(token_weights(full_BT, "dapo").sum()) == pytest.approx(1.0, rel=1e-6)
+    # Dr. GRPO's constant is the longest completion: 1 only when all rows have that length.
+    long_BT = jnp.ones((3, 5), bool)
+    assert float(token_weights(long_BT, "dr_grpo", 5).sum()) == pytest.approx(1.0, rel=1e-6)
+
+
+def test_an_empty_batch_has_no_weight_and_no_nan():
+    empty_BT = jnp.zeros((2, 3), bool)
+    with jax.debug_nans(True):
+        for aggregation in AGGREGATIONS:
+            assert (token_weights(empty_BT, aggregation, 3) == 0).all()
+
+
+# ---- loss ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "on_policy"), list(itertools.product(KINDS, (False, True))))
+def test_loss_and_gradient_equal_the_loop(kind, on_policy):
+    grid = itertools.product(AGGREGATIONS, (0.0, 0.3), ((0.2, 0.2), (0.1, 0.4)))
+    for seed, (aggregation, beta, (low, high)) in enumerate(grid):
+        batch = draw_batch(seed)
+        weight_BT = reference_weights(MASK_BT, aggregation, L_MAX).astype(np.float32)
+        old_BT = batch["logp"] if on_policy else batch["old"]
+        rest = (batch["ref"], batch["advantage"], weight_BT)
+        loss, grad_BT = loss_and_gradient(
+            batch["logp"], None if on_policy else old_BT, *rest,
+            epsilon_low=low, epsilon_high=high, beta=beta, kl=kind,
+        )  # fmt: skip
+        settings = (low, high, beta, kind)
+        twin = reference_loss(batch["logp"], old_BT, *rest, *settings)
+        np.testing.assert_allclose(loss, twin, **CLOSE)
+        twin_BT = reference_gradient(batch["logp"], old_BT, *rest, *settings)
+        np.testing.assert_allclose(grad_BT, twin_BT, **CLOSE)
+        assert (grad_BT[~MASK_BT] == 0).all() and np.abs(grad_BT).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "kind"), [("grpo", "ratio_k3"), ("dapo", "k2"), ("dr_grpo", "k3")]
+)
+def test_micro_batches_do_not_change_the_gradient(aggregation, kind):
+    batch = draw_batch(2)
+    weight_BT = np.asarray(token_weights(jnp.asarray(MASK_BT), aggregation, L_MAX))
+    arrays = [batch[name] for name in ("logp", "old", "ref", "advantage")] + [weight_BT]
+    whole, whole_BT = loss_and_gradient(*arrays, beta=0.2, kl=kind)
+    for micro in (1, 2, 4):
+        parts = [
+            loss_and_gradient(*(x[at : at + micro] for x in arrays), beta=0.2, kl=kind)
+            for at in range(0, len(MASK_BT), micro)
+        ]
+        # A row's gradient is the row's alone: not one bit may move with its neighbours.
+        np.testing.assert_array_equal(np.concatenate([part[1] for part in parts]), whole_BT)
+        np.testing.assert_allclose(sum(part[0] for part in parts), whole, **CLOSE)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_masked_is_removed(aggregation):
+    """Columns of padding around the completion change neither loss nor gradient."""
+    batch = draw_batch(3)
+    weight_BT = np.asarray(token_weights(jnp.asarray(MASK_BT), aggregation, L_MAX))
+    short = [batch[name] for name in ("logp", "old", "ref")]
+    loss, grad_BT = loss_and_gradient(*short, batch["advantage"], weight_BT, beta=0.2)
+    rubbish = ((0, 0), (2, 3))
+    wide = [np.pad(x, rubbish, constant_values=-np.inf) for x in short]
+    wide_weight_BT = np.asarray(
+        token_weights(jnp.asarray(np.pad(MASK_BT, rubbish)), aggregation, L_MAX)
+    )
+    wide_loss, wide_BT = loss_and_gradient(*wide, batch["advantage"], wide_weight_BT, beta=0.2)
+    np.testing.assert_allclose(wide_loss, loss, **CLOSE)
+    np.testing.assert_allclose(wide_BT, np.pad(grad_BT, rubbish), **CLOSE)
+
+
+def test_on_policy_the_value_is_zero_but_the_gradient_is_not():
+    # rho = 1, so a row's loss is -w A sum(mask); A of two rows cancel. d loss / d logp = -w A.
+    mask_BT = jnp.asarray([[True, True], [True, True]])
+    weight_BT = token_weights(mask_BT)
+    logp_BT = jnp.asarray([[-1.0, -2.0], [-0.5, -3.0]])
+    advantage_B = jnp.asarray([1.5, -1.5])
+    loss, grad_BT = loss_and_gradient(logp_BT, None, None, advantage_B, weight_BT)
+    assert loss == 0.0
+    np.testing.assert_allclose(grad_BT, [[-0.375, -0.375], [0.375, 0.375]])  # 1.5 / (2 * 2)
+    _, metrics = grpo_loss(logp_BT, None, None, advantage_B, weight_BT)
+    assert float(metrics["ratio_max"]) == 1.0 and float(metrics["clip_share"]) == 0.0
+
+
+@pytest.mark.parametrize("kind", ["k2", "k3", "ratio_k3"])
+def test_kl_is_zero_with_zero_gradient_at_the_reference(kind):
+    batch = draw_batch(4)
+    weight_BT = np.asarray(token_weights(jnp.asarray(MASK_BT)))
+    loss, grad_BT = loss_and_gradient(
+        batch["logp"], None, batch["logp"], np.zeros(8, np.float32), weight_BT, beta=1.0, kl=kind
+    )
+    assert loss == 0.0 and (grad_BT == 0).all()
+
+
+def test_a_reference_without_beta_is_measured_and_not_in_the_loss():
+    batch = draw_batch(5)
+    weight_BT = jnp.asarray(reference_weights(MASK_BT, "dapo", L_MAX).astype(np.float32))
+    arguments = [jnp.asarray(batch[n]) for n in ("logp", "old", "ref", "advantage")] + [weight_BT]
+    loss, metrics = grpo_loss(*arguments)
+    assert float(loss) == float(grpo_loss(*arguments[:2], None, *arguments[3:])[0])
+    d_BT = (batch["ref"] - batch["logp"]).astype(np.float64)[MASK_BT]
+    np.testing.assert_allclose(metrics["kl"], (np.exp(d_BT) - d_BT - 1).sum(), **CLOSE)
+
+
+def test_extreme_logps_stay_finite():
+    """No NaN and no infinity, in value or gradient, at log-ratios of +-300 or behind the mask."""
+    far = np.array([[-300.0, 0.0, -300.0, 0.0, -np.inf]], np.float32)
+    old = np.array([[0.0, -300.0, -300.0, 0.0, 0.0]], np.float32)
+    ref = np.array([[0.0, -300.0, 0.0, -300.0, -np.inf]], np.float32)
+    weight_BT = np.array([[0.25, 0.25, 0.25, 0.25, 0.0]], np.float32)
+    for kind, A in itertools.product(KINDS, (1.0, -1.0)):
+        for old_BT in (old, None):
+            advantage_B = np.array([A], np.float32)
+            loss, grad_BT = loss_and_gradient(
+                far, old_BT, ref, advantage_B, weight_BT, beta=0.1, kl=kind
+            )
+            assert np.isfinite(loss) and np.isfinite(grad_BT).all()
+            assert grad_BT[0, -1] == 0.0
+
+
+def test_infinite_logps_behind_the_mask_leave_no_nan():
+    """inf * 0: the first column is real, the others hold every infinity that padding could."""
+    inf = np.inf
+    rows = [[-1.0, -inf, inf, -inf, inf], [-1.1, -inf, -inf, inf, 0.0], [-0.9, inf, -inf, 0.0, inf]]
+    arrays = [np.array([row], np.float32) for row in rows]
+    weight_BT = np.array([[1.0, 0.0, 0.0, 0.0, 0.0]], np.float32)
+    advantage_B = np.ones(1, np.float32)
+    for kind in KINDS:
+        loss, grad_BT = loss_and_gradient(*arrays, advantage_B, weight_BT, beta=0.1, kl=kind)
+        calm = [np.where(weight_BT > 0, x, np.float32(0.0)) for x in arrays]
+        one, one_BT = loss_and_gradient(*calm, advantage_B, weight_BT, beta=0.1, kl=kind)
+        assert loss == one and grad_BT[0, 0] == one_BT[0, 0]
+        assert (grad_BT[0, 1:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "A", "high", "clipped"),
+    [
+        (1.25, 1.0, 0.2, True),  # a good token has risen enough: no more gradient
+        (1.25, 1.0, 0.28, False),  # clip-higher lets it rise on
+        (1.30, 1.0, 0.28, True),
+        (0.75, 1.0, 0.2, False),  # a good token that fell may always come back
+        (0.75, -1.0, 0.2, True),  # a bad token has fallen enough
+        (0.75, -1.0, 0.28, True),  # the lower bound is its own setting
+        (1.25, -1.0, 0.2, False),  # a bad token that rose is always pushed down
+    ],
+)
+def test_clipping_and_clip_higher(ratio, A, high, clipped):
+    logp_BT = np.log(np.array([[ratio]], np.float32))
+    zero_BT, one_BT = np.zeros((1, 1), np.float32), np.ones((1, 1), np.float32)
+    arguments = (zero_BT, None, np.array([A], np.float32), one_BT)
+    _, grad_BT = loss_and_gradient(logp_BT, *arguments, epsilon_low=0.2, epsilon_high=high)
+    expected = 0.0 if clipped else -ratio * A  # d(-rho A)/d logp = -rho A
+    np.testing.assert_allclose(grad_BT, [[expected]], rtol=1e-6)
+    device = [None if x is None else jnp.asarray(x) for x in (logp_BT, *arguments)]
+    metrics = grpo_loss(*device, epsilon_low=0.2, epsilon_high=high)[1]
+    assert float(metrics["clip_share"]) == float(clipped)
+    assert float(metrics["ratio_max"]) == pytest.approx(ratio, rel=1e-6)
+
+
+# ---- errors -------------------------------------------------------------------------------------
+
+
+def test_unknown_names_are_refused():
+    ones = jnp.ones((1, 2))
+    with pytest.raises(ValueError, match="scale: must be group, batch or none, got 'std'"):
+        group_advantages(ones, scale="std")
+    with pytest.raises(ValueError, match="aggregation: must be .* got 'mean'"):
+        token_weights(ones, "mean")
+    with pytest.raises(ValueError, match="got 'dr_grpo' with None"):
+        token_weights(ones, "dr_grpo")
+    with pytest.raises(ValueError, match="kl: must be .* got 'k4'"):
+        grpo_loss(ones, None, ones, jnp.ones(1), ones, beta=0.1, kl="k4")
+    with pytest.raises(ValueError, match="beta: 0.1 needs logp_ref_BT"):
+        grpo_loss(ones, None, None, jnp.ones(1), ones, beta=0.1)

@@ -1,0 +1,1 @@
+"""Comparisons with torch, transformers and peft (a package, so that file names may repeat)."""

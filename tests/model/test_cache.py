@@ -1,0 +1,85 @@
+"""The cache: prefill and decode steps give the logits of the full forward pass, past the window."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_cot.model.cache import Cache, decode_masks, decode_step, prefill
+from gemma_cot.model.gemma import logits
+from gemma_cot.model.layers import causal_mask
+
+# The same float32 sums in another order, through three layers; a wrong key shows at 1e-2 and more.
+SAME = dict(atol=2e-5, rtol=0)
+WIDTH, TAIL = 7, 9  # 16 positions, three times the window of 5
+START_P = np.array([0, 3, 6], np.int32)  # no padding, some, all but one column
+G = 2
+
+
+@pytest.fixture(scope="module")
+def tokens_BT(cfg):
+    """Rows p * G + g: the same prompt within a group, another completion in every row."""
+    rng = np.random.default_rng(0)
+    prompt_PT = rng.integers(1, cfg.vocab_size, (3, WIDTH))
+    completion_BT = rng.integers(1, cfg.vocab_size, (3 * G, TAIL))
+    return np.concatenate([np.repeat(prompt_PT, G, 0), completion_BT], 1).astype(np.int32)
+
+
+def by_cache(params, cfg, tokens_BT, lora=None) -> np.ndarray:
+    """Return the logits at prompt's end and after each completion token, [B, TAIL + 1, V]."""
+    first = jax.jit(prefill, static_argnames=("cfg", "num_completions", "max_new_tokens"))
+    step = jax.jit(decode_step, static_argnames="cfg")
+    logits_PV, cache = first(
+        params, cfg, tokens_BT[::G, :WIDTH], START_P, lora, num_completions=G, max_new_tokens=TAIL
+    )
+    out = [np.repeat(logits_PV, G, axis=0)]
+    for i in range(TAIL):
+        logits_BV, cache = step(params, cfg, tokens_BT[:, WIDTH + i], np.int32(i), cache, lora)
+        out.append(np.asarray(logits_BV))
+    return np.stack(out, axis=1)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_cached_equals_full_forward_at_every_position(cfg, params, lora, tokens_BT, adapted):
+    adapter = lora if adapted else None
+    full = jax.jit(partial(logits, cfg=cfg))(
+        params, tokens_BT=tokens_BT, start_B=np.repeat(START_P, G), lora=adapter
+    )
+    got = by_cache(params, cfg, tokens_BT, adapter)
+    assert got.shape == (6, TAIL + 1, cfg.vocab_size) and got.dtype == np.float32
+    np.testing.assert_allclose(got, full[:, WIDTH - 1 :], **SAME)
+
+
+def masks(width: int, starts, tail: int, step: int, window: int) -> list:
+    """Return the four masks of `decode_masks` as strings: local, global of prompt 0, tail both."""
+    none = jnp.zeros((1, len(starts), width, 1, 1)), jnp.zeros((1, len(starts), tail, 1, 1))
+    cache = Cache(none[0], none[0], none[1], none[1], jnp.asarray(starts, jnp.int32))
+    prompt_2PS, tail_2S = decode_masks(cache, jnp.int32(step), window)
+    return [
+        ["".join(".1"[int(c)] for c in [*prompt_2PS[kind, p], *tail_2S[kind]]) for kind in (1, 0)]
+        for p in range(len(starts))
+    ]
+
+
+def test_decode_masks_of_the_docstring():
+    """4 prompt columns, start 1, tail of 3; the query is tail token 1; window 3. Global, local."""
+    assert masks(4, [1], 3, 1, 3) == [[".111" + "11.", "...1" + "11."]]
+
+
+def test_decode_masks_at_the_first_tail_token():
+    """The query sees itself and window - 1 = 2 prompt columns."""
+    assert masks(4, [0, 3], 3, 0, 3) == [["1111" + "1..", "..11" + "1.."], ["...1" + "1.."] * 2]
+
+
+def test_decode_masks_once_the_window_has_left_the_prompt():
+    assert masks(4, [2], 5, 4, 3) == [["..11" + "11111", "...." + "..111"]]
+
+
+def test_decode_masks_equal_the_rows_of_the_full_mask():
+    """Row WIDTH + step of `causal_mask`, cut at the end of the tail."""
+    full = np.asarray(causal_mask(jnp.asarray([2], jnp.int32), 9, 4))[:, 0]
+    for step in range(4):
+        rows = ["".join(".1"[int(c)] for c in full[kind, 5 + step]) for kind in (1, 0)]
+        assert masks(5, [2], 4, step, 4) == [rows]

@@ -1,0 +1,250 @@
+"""The parts of a layer: masks as pictures, norms, rotations and attention against their twins."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import reference_gelu, reference_norm, reference_rope, reference_softmax
+
+from gemma_cot.model.layers import (
+    apply_rope,
+    attention,
+    causal_mask,
+    linear,
+    lora_einsums,
+    mlp,
+    rms_norm,
+    rope_angles,
+    softmax,
+)
+
+# float32 against float64 on values near 1 and sums of at most 28 terms.
+TWIN = dict(atol=2e-6, rtol=2e-6)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    """Return float32 normals from NumPy: nothing to compile."""
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def picture(*rows: str) -> np.ndarray:
+    """Return the boolean matrix that the rows draw, 1 = True."""
+    return np.array([[c == "1" for c in row.replace(" ", "")] for row in rows])
+
+
+# -- masks
+
+
+def test_mask_without_padding_window_3():
+    """Row = query, column = key. A window of 3 counts the query itself."""
+    local, wide = np.asarray(causal_mask(jnp.zeros((1,), jnp.int32), 5, 3))[:, 0]
+    np.testing.assert_array_equal(
+        wide,
+        picture(
+            "1 . . . .",
+            "1 1 . . .",
+            "1 1 1 . .",
+            "1 1 1 1 .",
+            "1 1 1 1 1",
+        ),
+    )
+    np.testing.assert_array_equal(
+        local,
+        picture(
+            "1 . . . .",
+            "1 1 . . .",
+            "1 1 1 . .",
+            ". 1 1 1 .",
+            ". . 1 1 1",
+        ),
+    )
+
+
+def test_mask_of_left_padded_rows():
+    """Start 2 and start 5 (all padding, which attends to nothing) beside each other, window 2."""
+    masks = np.asarray(causal_mask(jnp.asarray([2, 5], jnp.int32), 5, 2))
+    np.testing.assert_array_equal(
+        masks[1, 0],
+        picture(
+            ". . . . .",
+            ". . . . .",
+            ". . 1 . .",
+            ". . 1 1 .",
+            ". . 1 1 1",
+        ),
+    )
+    np.testing.assert_array_equal(
+        masks[0, 0],
+        picture(
+            ". . . . .",
+            ". . . . .",
+            ". . 1 . .",
+            ". . 1 1 .",
+            ". . . 1 1",
+        ),
+    )
+    assert not masks[:, 1].any()
+
+
+def test_window_as_wide_as_the_row_is_global():
+    local, wide = causal_mask(jnp.zeros((1,), jnp.int32), 6, 6)
+    np.testing.assert_array_equal(local, wide)
+    np.testing.assert_array_equal(wide[0], np.tril(np.ones((6, 6), bool)))
+
+
+# -- norm
+
+
+def test_rms_norm_equals_the_twin():
+    x, w = normal(0, 2, 3, 7), normal(1, 7)
+    got = rms_norm(jnp.asarray(x), jnp.asarray(w), 1e-6)
+    want = np.apply_along_axis(reference_norm, -1, x.astype(np.float64), w, 1e-6)
+    np.testing.assert_allclose(got, want, **TWIN)
+
+
+def test_rms_norm_by_hand():
+    # rms(3, 4) = sqrt(12.5) = 3.5355339; 3 / rms = 0.8485281, 4 / rms = 1.1313708; times (1 + w)
+    got = rms_norm(jnp.asarray([3.0, 4.0]), jnp.asarray([0.0, 1.0]), 0.0)
+    np.testing.assert_allclose(got, [0.8485281, 2.2627417], rtol=1e-6)
+
+
+def test_rms_norm_of_zeros_is_zero_and_eps_is_inside_the_root():
+    zero = rms_norm(jnp.zeros((4,)), jnp.zeros((4,)), 1e-6)
+    np.testing.assert_array_equal(zero, np.zeros(4))
+    # x² = 1e-6 = eps: 1e-3 / sqrt(2e-6) = 0.7071068
+    small = rms_norm(jnp.full((4,), 1e-3), jnp.zeros((4,)), 1e-6)
+    np.testing.assert_allclose(small, 0.7071068, rtol=1e-5)
+
+
+def test_rms_norm_of_bfloat16_is_rounded_once():
+    """Computed in float32 and rounded at the end: the float64 value's nearest bf16, every time."""
+    x, w = (jnp.asarray(normal(seed, 3, 64)[0], jnp.bfloat16) for seed in (21, 22))
+    got = rms_norm(x, w, 1e-6)
+    want = reference_norm(np.asarray(x, np.float64), np.asarray(w, np.float64), 1e-6)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(got), want.astype(jnp.bfloat16))
+
+
+# -- rotary embedding
+
+
+def test_rope_angles_by_hand(cfg):
+    """H = 8: exponents 0, 1/4, 1/2, 3/4; bases 1e4 and 1e6; global positions divided by 2."""
+    local, wide = np.asarray(rope_angles(cfg, jnp.asarray([[0, 6]], jnp.int32)))[:, 0]
+    np.testing.assert_array_equal(local[0], np.zeros(4))
+    np.testing.assert_allclose(local[1], [6.0, 0.6, 0.06, 0.006], rtol=1e-6)
+    # 1e6^(1/4) = 31.622777, ^(1/2) = 1000, ^(3/4) = 31622.777
+    np.testing.assert_allclose(wide[1], [3.0, 3 / 31.622777, 0.003, 3 / 31622.777], rtol=1e-6)
+
+
+def test_rope_equals_the_twin(cfg):
+    x_BTNH = normal(2, 2, 3, 2, 8)
+    position_BT = np.array([[0, 1, 2], [5, 300, 30_000]], np.int32)
+    angle_2BTh = rope_angles(cfg, jnp.asarray(position_BT))
+    for row, base, slower in ((0, cfg.rope_base_local, 1.0), (1, cfg.rope_base_global, 2.0)):
+        got = np.asarray(apply_rope(jnp.asarray(x_BTNH), angle_2BTh[row]))
+        for b, t, n in np.ndindex(2, 3, 2):
+            want = reference_rope(x_BTNH[b, t, n], position_BT[b, t] / slower, base)
+            # float32 angles: 30,000 rad is known to 2^-10 rad, 300 rad to 2^-16
+            atol = 3e-3 if position_BT[b, t] == 30_000 else 3e-5
+            np.testing.assert_allclose(got[b, t, n], want, atol=atol)
+
+
+def test_rope_scores_depend_on_distance_only(cfg):
+    q, k = (jnp.asarray(np.broadcast_to(normal(s, 8), (1, 4, 1, 8))) for s in (3, 4))
+    near = rope_angles(cfg, jnp.asarray([[0, 3, 10, 13]], jnp.int32))[0]
+    q, k = (np.asarray(apply_rope(x, near))[0, :, 0] for x in (q, k))
+    assert q[1] @ k[0] == pytest.approx(q[3] @ k[2], abs=1e-5)  # distance 3 both times
+    assert abs(q[1] @ k[0] - q[0] @ k[0]) > 1e-2
+    np.testing.assert_allclose(np.linalg.norm(q, axis=-1), np.linalg.norm(q[0]), rtol=1e-5)
+
+
+# -- linear and LoRA
+
+
+@pytest.mark.parametrize(
+    ("einsum", "down", "up"),
+    [
+        ("BTD,DNH->BTNH", "BTD,DR->BTR", "BTR,RNH->BTNH"),  # q
+        ("BTD,DKH->BTKH", "BTD,DR->BTR", "BTR,RKH->BTKH"),  # k, v
+        ("BTNH,NHD->BTD", "BTNH,NHR->BTR", "BTR,RD->BTD"),  # o
+        ("BTD,DF->BTF", "BTD,DR->BTR", "BTR,RF->BTF"),  # gate, up
+        ("BTF,FD->BTD", "BTF,FR->BTR", "BTR,RD->BTD"),  # down
+    ],
+)
+def test_lora_einsums_split_through_the_rank(einsum, down, up):
+    assert lora_einsums(einsum) == (down, up)
+
+
+def test_linear_adds_the_scaled_low_rank_product():
+    x, w, a, b = normal(5, 1, 2, 3, 4), normal(6, 3, 4, 5), normal(7, 3, 4, 2), normal(8, 2, 5)
+    layer, lora = {"o": jnp.asarray(w)}, {"o": {"a": jnp.asarray(a), "b": jnp.asarray(b)}}
+    plain = linear("BTNH,NHD->BTD", jnp.asarray(x), layer, "o", None, 0.0)
+    np.testing.assert_allclose(plain, np.tensordot(x, w, 2), **TWIN)
+    adapted = linear("BTNH,NHD->BTD", jnp.asarray(x), layer, "o", lora, 0.5)
+    merged = w + 0.5 * np.tensordot(a, b, 1)
+    np.testing.assert_allclose(adapted, np.tensordot(x, merged, 2), rtol=1e-5, atol=1e-5)
+    other = linear("BTNH,NHD->BTD", jnp.asarray(x), layer, "o", {"q": lora["o"]}, 0.5)
+    np.testing.assert_array_equal(other, plain)
+
+
+def test_linear_keeps_bfloat16_beside_a_float32_adapter():
+    half = jnp.bfloat16
+    lora = {"up": {"a": jnp.ones((3, 2)), "b": jnp.ones((2, 4))}}
+    x, w = jnp.ones((1, 1, 3), half), jnp.ones((3, 4), half)
+    got = linear("BTD,DF->BTF", x, {"up": w}, "up", lora, 0.5)
+    assert got.dtype == half
+    np.testing.assert_array_equal(got, np.full((1, 1, 4), 3 + 0.5 * 6))  # exact in bf16
+
+
+# -- attention and MLP
+
+
+def twin_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
+    """Return the mix of each head by loops over rows, queries and heads; visible keys only."""
+    out = np.zeros(q_BTNH.shape)
+    group = q_BTNH.shape[2] // k_BSKH.shape[2]
+    for b, t, n in np.ndindex(q_BTNH.shape[:3]):
+        seen = np.flatnonzero(mask_BTS[b, t])
+        weights = reference_softmax([q_BTNH[b, t, n] @ k_BSKH[b, s, n // group] for s in seen])
+        out[b, t, n] = sum(w * v_BSKH[b, s, n // group] for w, s in zip(weights, seen, strict=True))
+    return out
+
+
+def test_attention_equals_the_twin():
+    """N = 6 query heads, K = 2: query heads 0..2 read key/value head 0, heads 3..5 head 1."""
+    q, k, v = normal(9, 2, 4, 6, 8), normal(10, 2, 5, 2, 8), normal(11, 2, 5, 2, 8)
+    mask = np.random.default_rng(12).random((2, 4, 5)) < 0.5
+    mask[..., 0] = True
+    got = attention(*(jnp.asarray(x) for x in (q, k, v, mask)))
+    np.testing.assert_allclose(got, twin_attention(q, k, v, mask), atol=1e-5)
+
+
+def test_attention_to_nothing_is_the_plain_mean():
+    """An all-padding row: uniform weights over everything, finite, never NaN."""
+    q, k, v = normal(13, 1, 2, 2, 4), normal(14, 1, 3, 1, 4), normal(15, 1, 3, 1, 4)
+    got = np.asarray(attention(*map(jnp.asarray, (q, k, v)), jnp.zeros((1, 2, 3), bool)))
+    want = np.broadcast_to(v.mean(1, keepdims=True), (1, 2, 2, 4))
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_masked_keys_have_no_weight_however_large():
+    q, k, v = np.ones((1, 1, 1, 4)), np.ones((1, 3, 1, 4)), normal(16, 1, 3, 1, 4)
+    k[:, 1] = 1e6
+    mask = np.array([[[True, False, True]]])
+    got = attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), jnp.asarray(mask))
+    np.testing.assert_allclose(got[0, 0, 0], (v[0, 0, 0] + v[0, 2, 0]) / 2, rtol=1e-6)
+
+
+def test_softmax_is_float32_and_sums_to_one():
+    got = softmax(jnp.asarray([[1e4, 0.0], [0.0, 0.0]], jnp.bfloat16))
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, [[1.0, 0.0], [0.5, 0.5]])
+
+
+def test_mlp_equals_the_twin():
+    x, gate, up, down = normal(17, 1, 3, 4), normal(18, 4, 6), normal(19, 4, 6), normal(20, 6, 4)
+    layer = {"gate": jnp.asarray(gate), "up": jnp.asarray(up), "down": jnp.asarray(down)}
+    got = mlp(jnp.asarray(x), layer, None, 0.0)
+    want = (np.vectorize(reference_gelu)(x @ gate) * (x @ up)) @ down
+    # float32 sums of 6 products of values up to ~10; the exact (erf) GELU would be 5e-4 away
+    np.testing.assert_allclose(got, want, atol=2e-5)

@@ -1,0 +1,196 @@
+"""Plant known bugs, one at a time, and see that the tests notice: python tests/mutation_check.py
+
+Each mutant is the package with one text replaced, in a temporary folder; the tests named beside it
+must fail there (and pass without it). Prints a line per mutant; exit code 1 when one survives.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A bug: in `file`, `old` (which stands there once) becomes `new`; `tests` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+GOLDEN = "tests/model/test_golden.py"
+MUTANTS = (
+    Mutant(
+        "window off by one",
+        "model/layers.py",
+        "distance_TS < window",
+        "distance_TS <= window",
+        GOLDEN,
+    ),
+    Mutant(
+        "(1 + w) missing",
+        "model/layers.py",
+        "1.0 + w.astype(jnp.float32)",
+        "w.astype(jnp.float32)",
+        GOLDEN,
+    ),
+    Mutant(
+        "RoPE bases swapped",
+        "model/layers.py",
+        "return jnp.stack([local, wide])",
+        "return jnp.stack([wide, local])",
+        GOLDEN,
+    ),
+    Mutant(
+        "query scale missing",
+        "model/layers.py",
+        "q_BTNH * cfg.query_scalar**-0.5",
+        "q_BTNH",
+        GOLDEN,
+    ),
+    Mutant(
+        "embedding scale missing",
+        "model/gemma.py",
+        " * jnp.asarray(cfg.embed_dim**0.5, table_VD.dtype)",
+        "",
+        GOLDEN,
+    ),
+    Mutant("GELU exact", "model/layers.py", "approximate=True", "approximate=False", GOLDEN),
+    Mutant(
+        "padding visible",
+        "model/layers.py",
+        "(t[None, :] >= start_B[:, None])",
+        "(t[None, :] >= 0 * start_B[:, None])",
+        GOLDEN,
+    ),
+    Mutant(
+        "window off by one in decoding",
+        "model/cache.py",
+        "step - tail_S < window",
+        "step - tail_S <= window",
+        "tests/model/test_cache.py",
+    ),
+    Mutant(
+        "BOS doubled",
+        "tokenizer.py",
+        "return [BOS, *encode(",
+        "return [BOS, BOS, *encode(",
+        "tests/test_tokenizer.py",
+    ),
+    Mutant(
+        "stop token out of the mask",
+        "model/sample.py",
+        "mask = mask.at[:, step].set(~done_B)",
+        "mask = mask.at[:, step].set(~done_B & ~jnp.isin(token_B, jnp.asarray(stop_ids)))",
+        "tests/model/test_sample.py",
+    ),
+    Mutant(
+        "stop token out of the SFT target",
+        "tokenizer.py",
+        "[*encode(tokenizer, completion), tokenizer.end_of_turn]",
+        "[*encode(tokenizer, completion)]",
+        "tests/test_tokenizer.py",
+    ),
+    Mutant(
+        "one stop id",
+        "tokenizer.py",
+        "stops = {EOS, end_of_turn}",
+        "stops = {EOS}",
+        "tests/test_tokenizer.py",
+    ),
+    Mutant(
+        "LoRA scale missing",
+        "model/layers.py",
+        "return y + scale * jnp",
+        "return y + jnp",
+        "tests/lora",
+    ),
+    Mutant(
+        "mean of micro-batch means",
+        "grpo/step.py",
+        "np.asarray(weight_BT),",
+        "np.asarray(weight_BT) / cfg.micro_batch,",
+        "tests/grpo/test_step.py",
+    ),
+    Mutant(
+        "std with G",
+        "grpo/loss.py",
+        "jnp.maximum(count_P1 - 1.0, 1.0)",
+        "jnp.maximum(count_P1, 1.0)",
+        "tests/grpo/test_loss.py",
+    ),
+    Mutant(
+        "noise becomes signal",
+        "grpo/loss.py",
+        "high_P > low_P + tolerance",
+        "high_P >= low_P",
+        "tests/grpo/test_loss.py",
+    ),
+    Mutant("k1 for k3", "grpo/loss.py", "k3 = jnp.expm1(d) - d", "k3 = -d", "tests/grpo"),
+    Mutant(
+        "log-probs at temperature 1",
+        "model/logprob.py",
+        "unembed(params, x_CD) / temperature",
+        "unembed(params, x_CD)",
+        "tests/model/test_logprob.py",
+    ),
+)
+
+
+def run_tests(tests: str, package_parent: Path) -> bool:
+    """Return whether the tests pass with the package found in `package_parent`."""
+    environment = os.environ | {"PYTHONPATH": str(package_parent)}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests]
+    done = subprocess.run(command, cwd=package_parent, env=environment, capture_output=True)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"pytest could not run {tests}:\n{done.stdout.decode()[-2000:]}")
+    return done.returncode == 0
+
+
+def plant(mutant: Mutant, folder: Path) -> None:
+    """Replace the text in the copy of the package in `folder`."""
+    path = folder / "gemma_cot" / mutant.file
+    text = path.read_text()
+    if text.count(mutant.old) != 1:
+        raise SystemExit(
+            f"mutant {mutant.name!r}: {mutant.old!r} must stand once in {mutant.file}, got "
+            f"{text.count(mutant.old)} times; update tests/mutation_check.py"
+        )
+    path.write_text(text.replace(mutant.old, mutant.new))
+
+
+def main() -> None:
+    """Run the named tests on the sound package, then on every mutant."""
+    survivors = []
+    for mutant in MUTANTS:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            for part in ("gemma_cot", "tests", "data"):
+                shutil.copytree(ROOT / part, folder / part)
+            shutil.copy(ROOT / "pyproject.toml", folder)
+            plant(mutant, folder)
+            began = time.perf_counter()
+            if run_tests(mutant.tests, folder):
+                survivors.append(mutant.name)
+        verdict = "SURVIVED" if mutant.name in survivors else "caught"
+        print(f"{verdict:9s} {mutant.name:35s} {mutant.tests}  "
+              f"{time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
+    sound = sorted({mutant.tests for mutant in MUTANTS})
+    broken = [tests for tests in sound if not run_tests(tests, ROOT)]
+    for tests in broken:
+        print(f"FAILS     without any mutant                  {tests}")
+    print(f"{len(MUTANTS) - len(survivors)} of {len(MUTANTS)} planted bugs caught")
+    sys.exit(1 if survivors or broken else 0)
+
+
+if __name__ == "__main__":
+    main()
