@@ -107,6 +107,7 @@ class ModelConfig:
             linear if scaled else {"rope_type": "default"}
         )
         pattern = _pattern_of(self.global_layers)
+        scalar = float(self.query_scalar)  # transformers reads an int only
         return {
             "architectures": ["Gemma3ForCausalLM"],
             "model_type": "gemma3_text",
@@ -119,7 +120,7 @@ class ModelConfig:
             "vocab_size": self.vocab_size,
             "sliding_window": self.window,
             "layer_types": kinds,
-            "query_pre_attn_scalar": self.query_scalar,
+            "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,
             "rope_local_base_freq": self.rope_base_local,
             "rope_theta": self.rope_base_global,
             "rope_scaling": linear if scaled else None,

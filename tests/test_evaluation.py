@@ -155,7 +155,7 @@ def test_table_as_text():
     assert text.splitlines() == [
         "stage             full format           answer right          process score"
         "  tokens  cut off  rows",
-        "base    75.0 % (30.1- 95.4)    33.3 % ( 6.1- 79.2)    26.7 % ( 0.5- 52.8)"
+        "base      75.0 % (30.1- 95.4)    33.3 % ( 6.1- 79.2)    26.7 % ( 0.5- 52.8)"
         "    16.0   25.0 %     4",
         "base -> sft, answer: 12 rows gained, 3 lost, McNemar exact p = 0.035",
     ]

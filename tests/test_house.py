@@ -20,7 +20,7 @@ LEVELS = [
     ["lora.lora", "lora.peft", "lora"],
     ["policy", "sft", "grpo.rollout", "grpo.step", "evaluation", "run", "cli"],
 ]  # fmt: skip
-COMMANDS = ["train", "evaluate", "generate", "export", "tasks.pretrain"]
+COMMANDS = ["train", "evaluate", "generate", "export", "doctor", "tasks.pretrain"]
 ORDER = {name: i for i, name in enumerate(name for level in LEVELS for name in level)}
 MAX_FILE, MAX_FUNCTION = 425, 60
 

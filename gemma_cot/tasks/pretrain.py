@@ -1,9 +1,9 @@
 """Make the embedded default from a seed: datasets, SentencePiece tokenizer, tiny base model.
 
-    python -m gemma_cot.tasks.pretrain --output=data --steps=6000
+    python -m gemma_cot.tasks.pretrain --output=data
 
 "Pretraining" is next-token loss on plain worked solutions in chat turns, without any tag, all
-parameters trained. On 2 CPU cores it takes about an hour; data/README.md says what came out.
+parameters trained. data/README.md says how long it takes and what comes out.
 """
 
 import json
@@ -162,7 +162,7 @@ def main(_) -> None:
     params = init_params(jax.random.key(FLAGS.seed), TINY)
     print(f"{num_params(TINY):,} parameters, {len(taken)} questions held out", flush=True)
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, FLAGS.learning_rate, 200, FLAGS.steps, FLAGS.learning_rate / 30
+        0.0, FLAGS.learning_rate, 200, FLAGS.decay_steps, FLAGS.learning_rate / 30
     )
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=0.01)
@@ -190,7 +190,8 @@ def main(_) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("output", None, "folder that receives tiny_model/ and the two datasets")
     flags.DEFINE_integer("seed", 0, "seed of datasets, tokenizer text, weights and batches")
-    flags.DEFINE_integer("steps", 6000, "optimiser steps")
+    flags.DEFINE_integer("steps", 3000, "optimiser steps")
+    flags.DEFINE_integer("decay_steps", 6000, "steps of the learning rate's warm-up and decay")
     flags.DEFINE_float("learning_rate", 3e-3, "peak learning rate")
     flags.mark_flag_as_required("output")
     app.run(main)

@@ -46,6 +46,15 @@ def draw_lora(cfg, seed: int):
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    """Spare XLA its costly passes: the same float32 mathematics, compiled in half the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module")
 def shallow(cfg):
     """The tiny test model with one layer: how a batch is cut is not a matter of depth."""
@@ -175,7 +184,8 @@ def test_the_update_is_the_gradient_of_the_loss_written_out(
     size = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient))
     assert size > 0.05 and distance(adapters[0], expected) < 1e-5 * max(size, 1.0)
     assert metrics[0]["loss"] == pytest.approx(float(value), rel=2e-5)
-    assert metrics[0]["grad_norm"] == pytest.approx(float(optax.global_norm(gradient)), rel=1e-4)
+    norm = np.sqrt(sum(float((np.asarray(g) ** 2).sum()) for g in jax.tree.leaves(gradient)))
+    assert metrics[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
 @pytest.mark.parametrize(("micro_batch", "devices"), [(2, 1), (4, 1), (1, 4)])
