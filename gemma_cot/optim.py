@@ -28,9 +28,12 @@ class TrainState:
 
 
 def make_schedule(peak: float, total_steps: int, warmup_fraction: float) -> optax.Schedule:
-    """Return step -> learning rate: linear from 0 to `peak`, then cosine to 0 at `total_steps`."""
+    """Return step -> learning rate of update 1, 2, ...: linear up to `peak`, then cosine down.
+
+    It would be 0 at step 0 and again at step total_steps + 1, so that every update moves.
+    """
     warmup = max(1, round(warmup_fraction * total_steps))
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(total_steps, warmup + 1))
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(total_steps, warmup) + 1)
 
 
 def make_optimizer(cfg: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

@@ -24,11 +24,12 @@ _AT_LEAST = {
     "sft_micro_batches": 1,
     "num_generations": 2, "prompts_per_rollout": 1, "mini_batch": 1, "micro_batch": 1,
     "eval_batch": 1, "checkpoint_every": 1, "keep_checkpoints": 1,
-    "beta": 0, "epsilon": 0, "epsilon_high": 0, "learning_rate": 0, "sft_learning_rate": 0,
+    "beta": 0, "learning_rate": 0, "sft_learning_rate": 0,
     "weight_decay": 0, "warmup_fraction": 0, "format_weight": 0, "process_weight": 0,
     "outcome_weight": 0,
 }  # fmt: skip
-_ABOVE_ZERO = ("temperature", "max_grad_norm", "lora_alpha")
+_ABOVE_ZERO = ("temperature", "max_grad_norm", "lora_alpha", "epsilon", "epsilon_high")
+_BELOW_ONE = ("adam_b1", "adam_b2")
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -78,6 +79,9 @@ def check_config(cfg: TrainConfig) -> None:
     for name in _ABOVE_ZERO:
         if not getattr(cfg, name) > 0:
             raise refuse(name, "must be above 0", f"raise --{name}")
+    for name in _BELOW_ONE:
+        if not 0 <= getattr(cfg, name) < 1:
+            raise refuse(name, "must be at least 0 and below 1", f"set --{name}=0.9")
     if cfg.warmup_fraction > 1:
         raise refuse("warmup_fraction", "must be at most 1", "set --warmup_fraction=0.1")
     if cfg.resume and cfg.overwrite:

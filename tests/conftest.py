@@ -21,6 +21,8 @@ from gemma_cot.model.params import init_params
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
+# Compilation is most of the suite's time: the same float32 mathematics without XLA's costly passes.
+jax.config.update("jax_disable_most_optimizations", True)
 
 TEST_MODEL = ModelConfig(
     num_layers=3,

@@ -51,7 +51,7 @@ def reference_adamw(grads: list[dict], start: dict, rates: list[float], cfg: Tra
 
 
 def test_schedule_rises_to_the_peak_and_falls_to_zero():
-    schedule = make_schedule(3.0, 40, 0.1)  # warm-up of 4 steps
+    schedule = make_schedule(3.0, 39, 0.1)  # warm-up of 4 steps; 0 at step 40, after the last
     rates = [float(schedule(step)) for step in range(41)]
     assert rates[0] == 0.0 and rates[1] == pytest.approx(0.75)  # 3 * 1/4
     assert max(rates) == rates[4] == pytest.approx(3.0)
@@ -107,7 +107,7 @@ def test_three_steps_of_adamw_equal_the_loop():
         state, norm = apply_gradients(optimizer, state, jax.tree.map(jnp.asarray, grad))
         whole = np.concatenate([g.ravel() for g in grad.values()]).astype(np.float64)
         assert float(norm) == pytest.approx(float(np.linalg.norm(whole)), rel=1e-6)  # unclipped
-    rates = [reference_rate(step, 0.05, 6, 2) for step in (1, 2, 3)]
+    rates = [reference_rate(step, 0.05, 7, 2) for step in (1, 2, 3)]  # 0 at step 6 + 1
     twin = reference_adamw(grads, start, rates, CFG)
     for name, value in twin.items():
         # steps of 0.05 known to 6e-8 of numbers near 1

@@ -170,7 +170,7 @@ def test_rewards_that_cannot_be_used(cfg):
         (["--preset=huge"], "preset=huge"),
         (["--sft_steps=many"], "sft_steps=many"),
         (["rows.jsonl"], "arguments must be --flags, got ['rows.jsonl']"),
-        (["--epsilon=-1"], "--epsilon: must be at least 0, got -1.0; raise --epsilon"),
+        (["--epsilon=-1"], "--epsilon: must be above 0, got -1.0; raise --epsilon"),
         (["--prompts_per_rollout=6"], "--mini_batch: must divide prompts_per_rollout 6, got 16"),
         (["--session=9 hours"], "--session: must be a time such as 9h"),
     ],

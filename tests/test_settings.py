@@ -106,7 +106,7 @@ def test_malformed_flags_are_refused_by_absl(argument):
 # ---- refusals -----------------------------------------------------------------------------------
 
 AT_LEAST = {
-    0: """sft_steps grpo_steps eval_limit sample_every seed beta epsilon epsilon_high learning_rate
+    0: """sft_steps grpo_steps eval_limit sample_every seed beta learning_rate
         sft_learning_rate weight_decay warmup_fraction format_weight process_weight
         outcome_weight""",
     1: """max_prompt_tokens max_completion_tokens lora_rank sft_batch sft_micro_batches
@@ -115,7 +115,8 @@ AT_LEAST = {
 }
 BOUNDS = [(name, least) for least, names in AT_LEAST.items() for name in names.split()]
 CHOICES = ["on_bad_row", "kl", "aggregation", "advantage_scale", "process_matcher", "dtype"]
-ABOVE_ZERO = ["temperature", "max_grad_norm", "lora_alpha"]
+ABOVE_ZERO = ["temperature", "max_grad_norm", "lora_alpha", "epsilon", "epsilon_high"]
+BELOW_ONE = ["adam_b1", "adam_b2"]
 
 
 @pytest.mark.parametrize(("name", "least"), BOUNDS)
@@ -133,6 +134,14 @@ def test_zero_is_too_little(name):
             check_config(dataclasses.replace(TrainConfig(), **{name: low}))
 
 
+@pytest.mark.parametrize("name", BELOW_ONE)
+def test_a_decay_is_below_one(name):
+    check_config(dataclasses.replace(TrainConfig(), **{name: 0.0}))
+    for bad in (1.0, -0.1, NAN):
+        with pytest.raises(ValueError, match=f"^--{name}: must be at least 0 and below 1, got "):
+            check_config(dataclasses.replace(TrainConfig(), **{name: bad}))
+
+
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_choice_is_one_of_the_listed(name):
     with pytest.raises(ValueError, match=f"^--{name}: must be one of .*, got 'mine'; set --{name}"):
@@ -140,10 +149,9 @@ def test_a_choice_is_one_of_the_listed(name):
 
 
 def test_every_number_has_a_bound():
-    """Numbers without one: the two decays of Adam, and no other."""
-    bounded = {name for name, _ in BOUNDS} | set(ABOVE_ZERO)
+    bounded = {name for name, _ in BOUNDS} | set(ABOVE_ZERO) | set(BELOW_ONE)
     numbers = {field.name for field in FIELDS if field.type in (int, float)}
-    assert numbers - bounded == {"adam_b1", "adam_b2"}
+    assert numbers == bounded
 
 
 @pytest.mark.parametrize(

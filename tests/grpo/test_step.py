@@ -46,15 +46,6 @@ def draw_lora(cfg, seed: int):
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Spare XLA its costly passes: the same float32 mathematics, compiled in half the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
 def shallow(cfg):
     """The tiny test model with one layer: how a batch is cut is not a matter of depth."""
