@@ -168,6 +168,12 @@ def _read_layer_types(text: dict, num_layers: int) -> tuple[bool, ...]:
                 f"config.json: layer_types must have num_hidden_layers = {num_layers} entries, "
                 f"got {len(kinds)}; repair config.json"
             )
+        unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+        if unknown:
+            raise ValueError(
+                "config.json: layer_types must be full_attention or sliding_attention, got "
+                f"{', '.join(unknown)}; use a Gemma 3 checkpoint"
+            )
         return tuple(kind == "full_attention" for kind in kinds)
     pattern = text.get("sliding_window_pattern", text.get("_sliding_window_pattern")) or 6
     return five_to_one(num_layers, pattern)

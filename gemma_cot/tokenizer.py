@@ -93,8 +93,8 @@ def _stop_ids(model_dir: Path, end_of_turn: int, size: int) -> tuple[int, ...]:
     stops = {EOS, end_of_turn}
     path = model_dir / "generation_config.json"
     if path.is_file():
-        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id", [])
-        stops |= set(listed if isinstance(listed, list) else [listed])
+        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        stops |= set(listed if isinstance(listed, list) else [] if listed is None else [listed])
     bad = [stop for stop in stops if not (isinstance(stop, int) and 0 <= stop < size)]
     if bad:
         raise ValueError(

@@ -186,6 +186,11 @@ def test_head_counts_that_do_not_divide_are_refused():
     assert refused("num_attention_heads 4 must be divisible.* 3", num_key_value_heads=3)
 
 
+def test_an_unknown_kind_of_layer_is_refused():
+    kinds = ["sliding_attention", "chunked_attention"] * 13
+    assert refused("must be full_attention or sliding_attention, got chunked", layer_types=kinds)
+
+
 def test_wrong_number_of_layer_types_is_refused():
     assert refused("must have num_hidden_layers = 26 entries, got 1", layer_types=["x"])
 

@@ -120,6 +120,7 @@ def test_stop_ids_without_generation_config(tokenizer):
     ("listed", "expected"),
     [
         ({"eos_token_id": [1, 106]}, (1, 106)),
+        ({"eos_token_id": None}, (1, 106)),
         ({"eos_token_id": 1}, (1, 106)),  # the turn token stops even where the file forgets it
         ({"eos_token_id": [107, 1]}, (1, 106, 107)),
         ({}, (1, 106)),
