@@ -110,8 +110,11 @@ def train_grpo(run: Run, writer: MetricsWriter, lora, reference):
             print(f"{line}  {progress.time_left()} left", flush=True)
         if cfg.sample_every and number % cfg.sample_every == 0:
             print(sample_text(rows[0].example.prompt, rollout), flush=True)
-        if step % cfg.checkpoint_every < updates or step == cfg.grpo_steps:
+        if step % cfg.checkpoint_every < updates:
             run.save("grpo", step, {"state": state, "reference": reference})
+    run.save("grpo", step, {"state": state, "reference": reference})
+    if step < cfg.grpo_steps:
+        print(f"--session={cfg.session}: time is up after {step} of {cfg.grpo_steps} GRPO steps")
     return state.lora, step
 
 

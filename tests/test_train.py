@@ -164,6 +164,17 @@ def test_grpo_without_sft_starts_from_the_base_model(whole):
     assert first["kl"] == 0.0  # b = 0: policy and reference are the base model
 
 
+def test_a_session_that_is_too_short_still_ends_with_evaluation_and_export(whole, capsys):
+    out = whole.output_dir.replace("whole", "short_session")
+    cfg = dataclasses.replace(whole, output_dir=out, sft_steps=0, eval_limit=4, session="1s")
+    train.main(cfg)
+    assert "--session=1s: time is up after 0 of 4 GRPO steps" in capsys.readouterr().out
+    summary = json.loads(Path(f"{out}/summary.json").read_text())
+    assert summary["steps"]["grpo"] == 0 and summary["stages"]["grpo"]["n"] == 4
+    assert Path(f"{out}/adapter/adapter_model.safetensors").is_file()
+    assert Path(f"{out}/merged/model.safetensors").is_file()
+
+
 def command(*arguments: str) -> subprocess.CompletedProcess:
     """Run a command line of the package on one CPU device."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
