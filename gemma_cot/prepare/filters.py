@@ -1,0 +1,120 @@
+"""What a row must pass: the checks of its content, overlap with test sets, repeats; and its split.
+
+Pure functions on rows and arrays of 8-gram hashes; only hashes are kept in memory.
+"""
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from hashlib import blake2b
+from math import ceil
+
+import numpy as np
+
+from gemma_cot.grpo.answer import answers_match
+from gemma_cot.grpo.reward import checkpoint_hits, has_format, split_blocks
+from gemma_cot.prepare.convert import Rejected, question_of, split_key
+
+GRAM = 8
+_PROSE, _CODE = re.compile(r"\w+|[-+*/=<>%^]"), re.compile(r"\w+|[^\w\s]")
+
+
+def check_content(row: dict) -> None:
+    """Raise Rejected unless `chosen` scores full: form, answer, every checkpoint in it."""
+    chosen, metadata = row["chosen"], row["metadata"]
+    if not has_format(chosen):
+        raise Rejected("bad_format", "chosen must be one reasoning and one answer block", True)
+    reasoning, answer = split_blocks(chosen)
+    if not answers_match(metadata["final_answer"], answer, row["domain"]):
+        detail = f"chosen must answer {metadata['final_answer']!r:.60}, got {answer!r:.60}"
+        raise Rejected("wrong_answer", detail, True)
+    for matcher in ("literal", "normalised"):
+        found, wanted = checkpoint_hits(reasoning, metadata["checkpoints"], matcher)
+        if found < wanted:
+            detail = f"reasoning must hold all {wanted} checkpoints, got {found} ({matcher})"
+            raise Rejected("checkpoint_missing", detail, True)
+
+
+def text_key(domain: str, text: str) -> bytes:
+    """Return a digest of a text without case and spacing; code keeps its case."""
+    text = " ".join(text.split())
+    text = text if domain == "code" else text.casefold()
+    return blake2b(f"{domain}\n{text}".encode(), digest_size=16).digest()
+
+
+@lru_cache(maxsize=1 << 18)
+def _token_hash(token: str) -> int:
+    return int.from_bytes(blake2b(token.encode(), digest_size=8).digest(), "little")
+
+
+def grams(domain: str, text: str) -> np.ndarray:
+    """Return the sorted hashes (uint64) of the distinct 8-grams; a shorter text is one gram."""
+    words = _CODE.findall(text) if domain == "code" else _PROSE.findall(text.casefold())
+    hashes = np.array([_token_hash(word) for word in words], np.uint64)
+    count = max(len(words) - GRAM + 1, 1)
+    total = np.zeros(count, np.uint64)
+    for k in range(min(GRAM, len(words))):  # a polynomial in 64-bit arithmetic that wraps around
+        total = total * np.uint64(0x9E3779B97F4A7C15) + hashes[k : k + count]
+    return np.unique(total)
+
+
+class TestQuestions:
+    """The questions of the test sets, as hashes."""
+
+    __test__ = False  # no test of pytest's
+
+    def __init__(self, rows: Sequence[dict] = ()):
+        questions = [(row["domain"], question_of(row["prompt"])) for row in rows]
+        self._exact = {text_key(*question) for question in questions}
+        empty = np.zeros(0, np.uint64)
+        self._grams = np.unique(np.concatenate([empty, *(grams(*q) for q in questions)]))
+
+    def check(self, row: dict, max_overlap: float) -> None:
+        """Raise Rejected where a row's question is a test question or shares 8-grams with them."""
+        question = (row["domain"], question_of(row["prompt"]))
+        if text_key(*question) in self._exact:
+            raise Rejected("in_test_set", "the question is one of --against")
+        if not len(self._grams):
+            return
+        own = grams(*question)
+        at = np.minimum(np.searchsorted(self._grams, own), len(self._grams) - 1)
+        shared = int((self._grams[at] == own).sum())
+        if shared > max_overlap * len(own):
+            raise Rejected("overlaps_test_set", f"{shared} of {len(own)} 8-grams in --against")
+
+
+def near_duplicates(rows: Sequence[np.ndarray], threshold: float) -> dict[int, int]:
+    """Return {row: the earlier kept row whose Jaccard index with it is above `threshold`}.
+
+    Exact, by prefix filtering: sets that similar share one of the rarest n - ceil(t n) + 1 grams of
+    each, so only those are indexed, and a gram that occurs once never needs to be.
+    """
+    if not rows:
+        return {}
+    names, counts = np.unique(np.concatenate(rows), return_counts=True)
+    index: dict[int, list[int]] = {}
+    repeats = {}
+    for i, own in enumerate(rows):
+        n = len(own)
+        frequency = counts[np.searchsorted(names, own)]
+        prefix = np.lexsort((own, frequency))[: n - ceil(threshold * n - 1e-9) + 1]
+        keys = [int(own[j]) for j in prefix if frequency[j] > 1]
+        near = sorted({other for key in keys for other in index.get(key, ())})
+        for other in near:
+            m = len(rows[other])
+            if min(n, m) < threshold * max(n, m):
+                continue
+            both = len(np.intersect1d(own, rows[other], assume_unique=True))
+            if both > threshold * (n + m - both):
+                repeats[i] = other
+                break
+        else:
+            for key in keys:
+                index.setdefault(key, []).append(i)
+    return repeats
+
+
+def in_eval(prompt: str, eval_share: float) -> bool:
+    """Return whether a prompt belongs to the eval split: a function of its text alone."""
+    digest = blake2b(split_key(prompt).encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "big") / 2**48 < eval_share
