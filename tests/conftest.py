@@ -3,6 +3,7 @@
 The tiny test model has a different size on every axis, so that a transposed axis cannot pass.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -100,3 +101,15 @@ def tokenizer_dir(tmp_path_factory) -> Path:
     )
     (folder / "tokenizer.vocab").unlink()
     return folder
+
+
+@pytest.fixture(scope="session")
+def shallow(cfg):
+    """The tiny test model with one layer: how a batch is cut is not a matter of depth."""
+    return dataclasses.replace(cfg, num_layers=1, global_layers=(True,))
+
+
+@pytest.fixture(scope="session")
+def weights(params):
+    """The weights of the tiny test model's first layer."""
+    return params | {"layers": jax.tree.map(lambda w: w[:1], params["layers"])}

@@ -1,6 +1,5 @@
 """SFT: the loss is minus the mean log-prob of target tokens, however the batch is cut; it falls."""
 
-import dataclasses
 import functools
 
 import jax
@@ -21,18 +20,6 @@ STOP = 49
 PROMPT_LENGTHS = (6, 2, 4, 3)
 TARGET_LENGTHS = (7, 1, 3, 5)  # stop token included; row 1 is a stop token alone
 SGD = optax.sgd(0.1)
-
-
-@pytest.fixture(scope="module")
-def shallow(cfg):
-    """The tiny test model with one layer: how a batch is cut is not a matter of depth."""
-    return dataclasses.replace(cfg, num_layers=1, global_layers=(True,))
-
-
-@pytest.fixture(scope="module")
-def weights(params):
-    """The weights of the tiny test model's first layer."""
-    return params | {"layers": jax.tree.map(lambda w: w[:1], params["layers"])}
 
 
 @pytest.fixture(scope="module")

@@ -47,18 +47,6 @@ def draw_lora(cfg, seed: int):
 
 
 @pytest.fixture(scope="module")
-def shallow(cfg):
-    """The tiny test model with one layer: how a batch is cut is not a matter of depth."""
-    return dataclasses.replace(cfg, num_layers=1, global_layers=(True,))
-
-
-@pytest.fixture(scope="module")
-def weights(params):
-    """The weights of the tiny test model's first layer."""
-    return params | {"layers": jax.tree.map(lambda w: w[:1], params["layers"])}
-
-
-@pytest.fixture(scope="module")
 def policy(shallow):
     return draw_lora(shallow, 3)
 

@@ -7,7 +7,7 @@ those of the tile, not of the whole array.
 import jax
 import jax.numpy as jnp
 
-MASKED = -2.0e38  # finite: MASKED - MASKED is 0, never NaN
+from gemma_cot.model.layers import MASKED
 
 
 def interpreted(interpret: bool | None) -> bool:
