@@ -34,6 +34,9 @@ class ModelConfig:
     rope_scale_global: float = 1.0  # positions are divided by this in global layers (8 from 4B)
     norm_eps: float = 1e-6
     max_positions: int = 32_768
+    # not a shape, but what every function of the model must know: the code that does the work
+    attention: str = "reference"  # or "pallas": `model.kernels` prefill and decode
+    logprob: str = "reference"  # or "pallas": `model.kernels.logprob`
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -302,6 +305,12 @@ class TrainConfig:
     mesh: str = setting("auto", "Devices as DATAxMODEL, e.g. 8x1; auto: all of them on data.")
     dtype: str = setting("auto", "Weights and activations: float32, bfloat16; auto: by device.")
     remat: bool = setting(False, "Recompute each layer in the backward pass, to save memory.")
+    attention: str = setting(
+        "reference", "Attention by plain jnp: reference; by TPU kernels (elsewhere slow): pallas."
+    )
+    logprob: str = setting(
+        "reference", "Unembedding and log-prob by chunks: reference; by a TPU kernel: pallas."
+    )
     # seeing and keeping
     eval_limit: int = setting(0, "Evaluate on the first N rows only; 0: all of them.")
     eval_batch: int = setting(128, "Prompts decoded together in evaluation.")

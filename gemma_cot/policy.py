@@ -5,7 +5,7 @@ training, so that evaluation and generation build the very same prompts. Called 
 generate; defines the flags that both share.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -62,6 +62,9 @@ def define_policy_flags() -> None:
     flags.DEFINE_enum(
         "dtype", "auto", ["auto", "float32", "bfloat16"], "Weights, activations; auto: by device."
     )
+    flags.DEFINE_enum(
+        "attention", "reference", ["reference", "pallas"], "Plain jnp, or TPU kernels."
+    )
     flags.DEFINE_integer("seed", 0, "Seed of sampling.", lower_bound=0)
     flags.DEFINE_string("mesh", "auto", "Devices as DATAxMODEL; auto: all of them on data.")
 
@@ -77,6 +80,7 @@ def load_policy(values: flags.FlagValues) -> Policy:
         if recipe[name] < 1:
             raise ValueError(f"--{name}: must be at least 1, got {recipe[name]}; raise it")
     cfg = ModelConfig.from_hf(read_json(Path(model_dir) / "config.json"))
+    cfg = replace(cfg, attention=values.attention)
     longest = recipe["max_prompt_tokens"] + recipe["max_completion_tokens"]
     if longest > cfg.max_positions:
         raise ValueError(

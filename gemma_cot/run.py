@@ -125,6 +125,7 @@ def prepare(cfg: TrainConfig) -> Run:
     limit = cfg.eval_limit or len(examples["eval"])
     model_dir = cfg.model or embedded("tiny_model")
     model_cfg = ModelConfig.from_hf(read_json(Path(model_dir) / "config.json"))
+    model_cfg = dataclasses.replace(model_cfg, attention=cfg.attention, logprob=cfg.logprob)
     check_positions(cfg, model_cfg)
     tokenizer = load_tokenizer(model_dir, model_cfg.vocab_size)
     encode = partial(

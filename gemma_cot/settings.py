@@ -17,6 +17,8 @@ _CHOICES = {
     "advantage_scale": ("group", "batch", "none"),
     "process_matcher": ("normalised", "literal"),
     "dtype": ("auto", "float32", "bfloat16"),
+    "attention": ("reference", "pallas"),
+    "logprob": ("reference", "pallas"),
 }
 _AT_LEAST = {
     "sft_steps": 0, "grpo_steps": 0, "eval_limit": 0, "sample_every": 0, "seed": 0,

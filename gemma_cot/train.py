@@ -229,7 +229,7 @@ def main(cfg: TrainConfig) -> None:
     key = jax.random.fold_in(jax.random.key(cfg.seed), LORA_KEY)
     lora = run.place(init_lora(key, run.model_cfg, cfg.lora_rank, cfg.lora_alpha))
     reference, steps = None, {"sft": cfg.sft_steps, "grpo": 0}
-    with MetricsWriter(run.out) as writer:
+    with jax.set_mesh(run.mesh), MetricsWriter(run.out) as writer:
         results = {"base": run.timed("evaluate_base", evaluate_stage, "base", None)}
         if cfg.sft_steps:
             if not run.stage_done("sft"):

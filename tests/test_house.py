@@ -15,9 +15,9 @@ LEVELS = [
     ["axes", "config", "settings", "stats", "progress", "metrics", "curves", "checkpoint",
      "grpo.answer", "grpo.reward", "grpo.loss", "tasks.arithmetic", "tasks.families",
      "tasks.dataset"],
-    ["tokenizer", "data", "optim", "model.params", "model.load", "model.layers", "model.gemma",
-     "model.logprob", "model.cache", "model.sample", "model.kernels", "model.kernels.tiles",
-     "model.kernels.logprob", "model.kernels.prefill", "model.kernels.decode",
+    ["tokenizer", "data", "optim", "model.params", "model.load", "model.layers", "model.kernels",
+     "model.kernels.tiles", "model.kernels.logprob", "model.kernels.prefill",
+     "model.kernels.decode", "model.gemma", "model.logprob", "model.cache", "model.sample",
      "model.kernels.reference"],
     ["lora.lora", "lora.peft", "lora", "testing"],
     ["policy", "sft", "grpo.rollout", "grpo.step", "evaluation", "run", "cli",
@@ -72,7 +72,7 @@ def test_rooms_keep_to_themselves():
         if name.startswith("model."):
             strangers = ("lora", "grpo", "tokenizer", "optim", "data")
             assert not {other for other in imports if other.split(".")[0] in strangers}
-        for room in ("tasks", "prepare", "model.kernels"):  # tools that the core never imports
+        for room in ("tasks", "prepare"):  # tools that the core never imports
             if not name.startswith((room, "testing")):
                 assert not {other for other in imports if other.startswith(room)}
 
@@ -106,12 +106,14 @@ def test_files_and_functions_are_short_and_explained(path):
 
 
 def test_the_core_stays_an_afternoon_of_reading():
+    """What a student reads; not the TPU kernels, not the file formats of Hugging Face and PEFT."""
     rooms = ("config", "axes", "data", "optim", "model", "lora", "sft", "grpo", "train")
+    tools = ("model.kernels", "model.load", "lora.peft")
     names = {path: module_name(path) for path in SOURCES}
     core = [path for path, name in names.items()
-            if name.split(".")[0] in rooms and not name.startswith("model.kernels")]  # fmt: skip
+            if name.split(".")[0] in rooms and not name.startswith(tools)]  # fmt: skip
     lines = sum(path.read_text().count("\n") for path in core)
-    assert lines <= 3600, f"the core has {lines} lines"
+    assert lines <= 3300, f"the core has {lines} lines"
 
 
 def asserts(node: ast.FunctionDef, helpers: set[str]) -> bool:

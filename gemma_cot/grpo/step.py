@@ -17,7 +17,7 @@ from gemma_cot.axes import replicated, sharding_of
 from gemma_cot.config import ModelConfig, TrainConfig
 from gemma_cot.grpo.loss import group_advantages, grpo_loss, token_weights
 from gemma_cot.grpo.rollout import Rollout
-from gemma_cot.model.logprob import logprobs_and_entropy
+from gemma_cot.model.logprob import chunk_of, logprobs_and_entropy
 from gemma_cot.model.params import Params
 from gemma_cot.optim import TrainState, accumulate_gradients, apply_gradients, split_batch
 
@@ -57,8 +57,9 @@ def make_logprobs(model_cfg: ModelConfig, cfg: TrainConfig, mesh: Mesh, width: i
     def logprobs(params: Params, lora, batch: dict) -> jax.Array:
         def one(micro):
             logp_BT, _ = logprobs_and_entropy(
-                params, model_cfg, *micro, lora, cfg.temperature, first_column=width
-            )
+                params, model_cfg, *micro, lora, cfg.temperature, first_column=width,
+                chunk=chunk_of(model_cfg, cfg.micro_batch),
+            )  # fmt: skip
             return logp_BT
 
         return jax.lax.map(one, (batch["tokens_BT"], batch["start_B"]))
@@ -93,7 +94,7 @@ def make_grpo_step(
     def loss_fn(lora, micro, params):
         logp_BT, entropy_BT = logprobs_and_entropy(
             params, model_cfg, micro["tokens_BT"], micro["start_B"], lora, cfg.temperature,
-            first_column=width, remat=cfg.remat,
+            first_column=width, remat=cfg.remat, chunk=chunk_of(model_cfg, cfg.micro_batch),
         )  # fmt: skip
         old_BT = micro.get("logp_old_BT")
         loss, metrics = grpo_loss(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from gemma_cot.config import ModelConfig
 from gemma_cot.model.gemma import embed, hidden_states, lora_parts, unembed
+from gemma_cot.model.kernels.decode import decode_attention
 from gemma_cot.model.layers import MASKED, block, rms_norm, rope_angles, softmax
 from gemma_cot.model.params import Params
 
@@ -102,16 +103,21 @@ def decode_step(
 
     def layer_step(carry, xs):
         x_BTD, tail_k, tail_v = carry
-        layer, adapter, is_global, index, prompt_k_PSKH, prompt_v_PSKH = xs
+        layer, adapter, is_global, index = xs
 
         def attend(q_BTNH, k_BTKH, v_BTKH):
             at = (index, 0, step, 0, 0)
             new_k = jax.lax.dynamic_update_slice(tail_k, k_BTKH[None], at)
             new_v = jax.lax.dynamic_update_slice(tail_v, v_BTKH[None], at)
-            masks = prompt_2PS[is_global], tail_2S[is_global]
-            mix_BNH = shared_attention(
-                q_BTNH[:, 0], prompt_k_PSKH, prompt_v_PSKH, new_k[index], new_v[index], masks
-            )
+            caches = cache.prompt_k_LPSKH, cache.prompt_v_LPSKH, new_k, new_v
+            if cfg.attention == "pallas":
+                window = jnp.where(is_global, width + tail_k.shape[2], cfg.window)
+                mix_BNH = decode_attention(
+                    q_BTNH[:, 0], *caches, cache.start_P, step, window, layer=index
+                )
+            else:
+                masks = prompt_2PS[is_global], tail_2S[is_global]
+                mix_BNH = shared_attention(q_BTNH[:, 0], *(x[index] for x in caches), masks)
             return mix_BNH[:, None], (new_k, new_v)
 
         x_BTD, tails = block(cfg, x_BTD, layer, adapter, scale, angle_2BTh[is_global], attend)
@@ -122,8 +128,6 @@ def decode_step(
         adapters,
         jnp.asarray(cfg.global_layers, jnp.int32),
         jnp.arange(L),
-        cache.prompt_k_LPSKH,
-        cache.prompt_v_LPSKH,
     )
     carry = (embed(params, cfg, token_B[:, None]), cache.tail_k_LBSKH, cache.tail_v_LBSKH)
     (x_BTD, tail_k, tail_v), _ = jax.lax.scan(layer_step, carry, xs)

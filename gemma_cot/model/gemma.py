@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_cot.config import ModelConfig
+from gemma_cot.model.kernels.prefill import prefill_attention
 from gemma_cot.model.layers import attention, block, causal_mask, rms_norm, rope_angles
 from gemma_cot.model.params import Params
 
@@ -53,6 +54,9 @@ def hidden_states(
 
         def attend(q_BTNH, k_BTKH, v_BTKH):
             kept = (k_BTKH, v_BTKH) if keep_kv else None
+            if cfg.attention == "pallas":
+                window = jnp.where(is_global, T, cfg.window)
+                return prefill_attention(q_BTNH, k_BTKH, v_BTKH, start_B, window), kept
             return attention(q_BTNH, k_BTKH, v_BTKH, mask_2BTS[is_global]), kept
 
         return block(cfg, x_BTD, layer, adapter, scale, angle_2BTh[is_global], attend)

@@ -1,7 +1,8 @@
 """Log-probabilities of given tokens: the one function behind policy, old and reference log-probs.
 
 `logp_BT[b, t]` is the log-prob of token t given the tokens before it; the shift by one happens here
-and nowhere else. Logits exist for one chunk of positions at a time, forward and backward.
+and nowhere else. Logits exist for one chunk of positions at a time, forward and backward, or with
+`cfg.logprob = "pallas"` only for a tile inside a kernel.
 """
 
 import jax
@@ -10,18 +11,56 @@ import jax.numpy as jnp
 from gemma_cot.axes import round_up
 from gemma_cot.config import ModelConfig
 from gemma_cot.model.gemma import hidden_states, unembed
+from gemma_cot.model.kernels.logprob import chosen_logprob
 from gemma_cot.model.params import Params
 
-CHUNK = 1024  # positions whose [C, V] logits exist at one time
+LOGITS_BYTES = 256 * 2**20  # what a device's float32 logits may take at one time
 
 
-def chosen_and_entropy(params: Params, x_CD: jax.Array, target_C: jax.Array, temperature: float):
-    """Return (log p(target) [C], entropy in nats [C]) of softmax(logits / temperature)."""
-    logits_CV = unembed(params, x_CD) / temperature
-    log_z_C = jax.nn.logsumexp(logits_CV, axis=-1)
-    chosen_C = jnp.take_along_axis(logits_CV, target_C[:, None], axis=-1)[:, 0]
-    mean_CV = jax.nn.softmax(logits_CV, axis=-1) * logits_CV
-    return chosen_C - log_z_C, log_z_C - mean_CV.sum(-1)
+def chunk_of(cfg: ModelConfig, rows: int) -> int:
+    """Return how many positions of `rows` rows (those of one device) LOGITS_BYTES has room for."""
+    return max(1, LOGITS_BYTES // (4 * cfg.vocab_size * rows))
+
+
+def chosen_and_entropy(params: Params, x: jax.Array, target: jax.Array, temperature: float):
+    """Return (log p(target), entropy in nats) of softmax(logits / temperature).
+
+    x: hidden states [..., D]; the results have the shape of target [...].
+    """
+    logits = unembed(params, x) / temperature  # [..., V]
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    mean = (jax.nn.softmax(logits, axis=-1) * logits).sum(-1)
+    return chosen - log_z, log_z - mean
+
+
+def by_chunks(params: Params, x_BTD, target_BT, temperature: float, chunk: int):
+    """Return `chosen_and_entropy` of all positions, [B, chunk, V] logits existing at one time.
+
+    Chunks are cut along T, so that rows stay on their devices; each is recomputed in the backward
+    pass.
+    """
+    B, T, D = x_BTD.shape
+    chunk = max(1, min(chunk, T))
+    padding = ((0, 0), (0, round_up(T, chunk) - T))
+    x_BTD = jnp.pad(x_BTD, (*padding, (0, 0)))
+    parts = x_BTD.reshape(B, -1, chunk, D), jnp.pad(target_BT, padding).reshape(B, -1, chunk)
+
+    @jax.checkpoint
+    def one_chunk(_, xs):
+        return None, chosen_and_entropy(params, *xs, temperature)
+
+    _, both = jax.lax.scan(one_chunk, None, tuple(part.swapaxes(0, 1) for part in parts))
+    return tuple(value.swapaxes(0, 1).reshape(B, -1)[:, :T] for value in both)
+
+
+def by_kernel(params: Params, x_BTD, target_BT, temperature: float):
+    """Return `chosen_and_entropy` of all positions, no logits in memory."""
+    B, T, D = x_BTD.shape
+    both = chosen_logprob(
+        x_BTD.reshape(B * T, D), params["embed"], target_BT.reshape(-1), temperature
+    )
+    return tuple(value.reshape(B, T) for value in both)
 
 
 def logprobs_and_entropy(
@@ -34,35 +73,23 @@ def logprobs_and_entropy(
     *,
     first_column: int = 1,
     remat: bool = False,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return float32 (logp_BT, entropy_BT); columns before `first_column` (>= 1) are 0.
 
     first_column: the prompt's width, when only completion tokens matter: the unembedding, two
     thirds of Gemma 3 1B's smallest batches, then runs at completion positions only.
-    chunk: positions per unembedding; each chunk is recomputed in the backward pass.
+    chunk: positions of each row per unembedding; None: `chunk_of` these rows.
     """
-    B, T = tokens_BT.shape
     x_BTD, _ = hidden_states(params, cfg, tokens_BT, start_B, lora, remat)
-    x_ID = x_BTD[:, first_column - 1 : T - 1].reshape(-1, cfg.embed_dim)
-    target_I = tokens_BT[:, first_column:].reshape(-1)
-    rows = target_I.shape[0]
-    chunk = max(1, min(chunk, rows))
-    padding = round_up(rows, chunk) - rows
-    x_ICD = jnp.pad(x_ID, ((0, padding), (0, 0))).reshape(-1, chunk, cfg.embed_dim)
-    target_IC = jnp.pad(target_I, (0, padding)).reshape(-1, chunk)
-
-    @jax.checkpoint
-    def one_chunk(_, xs):
-        return None, chosen_and_entropy(params, *xs, temperature)
-
-    _, (logp, entropy) = jax.lax.scan(one_chunk, None, (x_ICD, target_IC))
-
-    def to_BT(values):
-        values = values.reshape(-1)[:rows].reshape(B, T - first_column)
-        return jnp.pad(values, ((0, 0), (first_column, 0)))
-
-    return to_BT(logp), to_BT(entropy)
+    x_BTD, target_BT = x_BTD[:, first_column - 1 : -1], tokens_BT[:, first_column:]
+    if cfg.logprob == "pallas":
+        both = by_kernel(params, x_BTD, target_BT, temperature)
+    else:
+        chunk = chunk or chunk_of(cfg, len(tokens_BT))
+        both = by_chunks(params, x_BTD, target_BT, temperature, chunk)
+    logp_BT, entropy_BT = (jnp.pad(value, ((0, 0), (first_column, 0))) for value in both)
+    return logp_BT, entropy_BT
 
 
 def token_logprobs(

@@ -3,6 +3,7 @@
 Mosaic refuses shapes, layouts and memory that the interpreter accepts. Shapes are Gemma 3 1B's.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -11,9 +12,15 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from gemma_cot.axes import make_mesh, replicated, sharding_of
+from gemma_cot.config import GEMMA3_1B
+from gemma_cot.lora import init_lora
 from gemma_cot.model.kernels.decode import decode_attention
 from gemma_cot.model.kernels.logprob import chosen_logprob
 from gemma_cot.model.kernels.prefill import prefill_attention
+from gemma_cot.model.logprob import logprobs_and_entropy
+from gemma_cot.model.params import init_params
+from gemma_cot.model.sample import sample
 
 pytest.importorskip("libtpu")
 pytestmark = pytest.mark.interop
@@ -72,3 +79,47 @@ def test_decode_compiles(num_kernels, dtype, window, width, tail):
     scalars = ((4,), jnp.int32), ((), jnp.int32)
     arrays = (((16, N, H), dtype), prompt, prompt, own, own, *scalars)
     assert num_kernels(function, *arrays) == 2, "one over prompts, one over tails"
+
+
+def test_the_model_with_kernels_compiles_for_eight_chips(monkeypatch):
+    """Three layers of Gemma 3 1B, data parallel over v5e:2x4: the update's loss with its gradient
+    and the sampling loop, both with kernels. No device gathers another's rows."""
+    cfg = dataclasses.replace(
+        GEMMA3_1B, num_layers=3, global_layers=(False, False, True), attention="pallas",
+        logprob="pallas",
+    )  # fmt: skip
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+    mesh = make_mesh("8x1", list(topology.devices))
+
+    def abstract(shape, dtype, letters=""):
+        sharding = sharding_of(letters, mesh) if letters else replicated(mesh)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    shapes = jax.eval_shape(lambda: (
+        init_params(jax.random.key(0), cfg, jnp.bfloat16), init_lora(jax.random.key(0), cfg, 32, 16)
+    ))  # fmt: skip
+    params, lora = jax.tree.map(lambda x: abstract(x.shape, x.dtype), shapes)
+
+    def loss(lora, params, tokens_BT, start_B):
+        logp_BT, _ = logprobs_and_entropy(
+            params, cfg, tokens_BT, start_B, lora, first_column=256, remat=True
+        )
+        return logp_BT.sum()
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with jax.set_mesh(mesh):
+        update = jax.jit(jax.grad(loss)).lower(
+            lora, params, abstract((8, 768), jnp.int32, "BT"), abstract((8,), jnp.int32, "B")
+        ).compile().as_text()  # fmt: skip
+        rollout = sample.lower(
+            params, cfg, abstract((8, 256), jnp.int32, "PT"), abstract((8,), jnp.int32, "P"),
+            abstract(key.shape, key.dtype), num_completions=4, max_new_tokens=512,
+            temperature=1.0, stop_ids=(1, 106), lora=lora,
+            prompt_id_P=abstract((8,), jnp.int32, "P"),
+        ).compile().as_text()  # fmt: skip
+    kernels = 'custom_call_target="tpu_custom_call"'
+    assert update.count(kernels) >= 3, "attention, log-prob and its gradient"
+    assert rollout.count(kernels) >= 3, "prefill, decode over prompts and over tails"
+    assert "all-gather" not in update and "all-gather" not in rollout

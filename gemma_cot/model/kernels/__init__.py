@@ -1,1 +1,2 @@
-"""Pallas TPU kernels, and the plain references they equal; nothing in the model calls them yet."""
+"""Pallas TPU kernels, chosen by --attention=pallas and --logprob=pallas, and the plain references
+that they equal."""

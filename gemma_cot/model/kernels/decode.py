@@ -7,12 +7,22 @@ on tails R = Q. The two softmaxes are then merged. Equals `reference.decode_atte
 takes no gradient, so there is none.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from gemma_cot.model.kernels.tiles import MASKED, columns_of, grow_softmax, interpreted, product
+from gemma_cot.model.kernels.tiles import (
+    MASKED,
+    check_head_dim,
+    columns_of,
+    grow_softmax,
+    interpreted,
+    per_device,
+    product,
+)
 
 BLOCK = 256  # keys a tile
 
@@ -25,8 +35,9 @@ def decode_attention(
     tail_v_BSKH: jax.Array,
     start_P: jax.Array,
     step: jax.Array | int,
-    window: int | None = None,
+    window: jax.Array | int | None = None,
     *,
+    layer: jax.Array | int | None = None,
     block: int = BLOCK,
     interpret: bool | None = None,
 ) -> jax.Array:
@@ -34,24 +45,37 @@ def decode_attention(
 
     With (m, z, a) the maximum, sum of exponentials and unnormalised mix of prompt (1) and tail (2),
     and m = max(m1, m2): mix = (e^(m1 - m) a1 + e^(m2 - m) a2) / (e^(m1 - m) z1 + e^(m2 - m) z2).
-    step may be traced; window, block, interpret (None: off TPU) are static. On a TPU the head
-    dimension must be a multiple of 128.
+    layer: given, the four caches have L in front and this layer of them is read, in place. step,
+    window and layer may be traced; block, interpret (None: off TPU) are static. Raises ValueError
+    for a head dimension that a TPU cannot tile.
     """
-    B, N, H = q_BNH.shape
-    P, width, K, _ = prompt_k_PSKH.shape
-    G, Q = B // P, N // K
+    caches = (prompt_k_PSKH, prompt_v_PSKH, tail_k_BSKH, tail_v_BSKH)
+    if layer is None:
+        caches, layer = tuple(x[None] for x in caches), 0
     static = (block, interpreted(interpret))
-    step = jnp.asarray(step, jnp.int32)
-    oldest = jnp.int32(0) if window is None else width + step - (window - 1)
+    check_head_dim(q_BNH.shape[2], static[1])
+    everything = caches[0].shape[2] + caches[2].shape[2]
+    scalars = (step, everything if window is None else window, layer)
+    letters = "BNH,LPSKH,LPSKH,LBSKH,LBSKH,P,,,->BNH"
+    attend = per_device(partial(_attend, static), letters)
+    return attend(q_BNH, *caches, start_P, *(jnp.asarray(x, jnp.int32) for x in scalars))
+
+
+def _attend(static, q_BNH, prompt_k, prompt_v, tail_k, tail_v, start_P, step, window, layer):
+    """Attend over both parts of layer `layer` of the caches [L, ...] and join the two softmaxes."""
+    B, N, H = q_BNH.shape
+    _, P, width, K, _ = prompt_k.shape
+    G, Q = B // P, N // K
+    oldest = width + step - (window - 1)
     low_P = jnp.clip(jnp.maximum(start_P.astype(jnp.int32), oldest), 0, width)
     low_B = jnp.broadcast_to(jnp.maximum(oldest - width, 0), (B,))
     high_P = jnp.full((P,), width, jnp.int32)
     high_B = jnp.broadcast_to(step + 1, (B,))
 
     q_PKRH = q_BNH.reshape(P, G, K, Q, H).swapaxes(1, 2).reshape(P, K, G * Q, H)
-    on_prompt = partial_attention(q_PKRH, prompt_k_PSKH, prompt_v_PSKH, low_P, high_P, *static)
+    on_prompt = partial_attention(q_PKRH, prompt_k, prompt_v, layer, low_P, high_P, *static)
     q_BKQH = q_BNH.reshape(B, K, Q, H)
-    m2, z2, a2 = partial_attention(q_BKQH, tail_k_BSKH, tail_v_BSKH, low_B, high_B, *static)
+    m2, z2, a2 = partial_attention(q_BKQH, tail_k, tail_v, layer, low_B, high_B, *static)
     m1, z1, a1 = (x.reshape(P, K, G, Q, -1).swapaxes(1, 2).reshape(B, K, Q, -1) for x in on_prompt)
     m = jnp.maximum(m1, m2)
     w1, w2 = jnp.exp(m1 - m), jnp.exp(m2 - m)
@@ -59,29 +83,29 @@ def decode_attention(
     return mix_BKQH.reshape(B, N, H).astype(q_BNH.dtype)
 
 
-def partial_attention(q_BKRH, k_BSKH, v_BSKH, low_B, high_B, block: int, interpret: bool):
+def partial_attention(q_BKRH, k_LBSKH, v_LBSKH, layer, low_B, high_B, block: int, interpret: bool):
     """Return float32 (max_BKR1, sum_BKR1, mix_BKRH) of R queries over keys low_b <= s < high_b.
 
     Here R counts query rows. Nothing visible (low_b >= high_b): (MASKED, 0, 0).
     """
     B, K, R, H = q_BKRH.shape
-    S = k_BSKH.shape[1]
+    L, S = k_LBSKH.shape[0], k_LBSKH.shape[2]
     block = min(block, S)
 
-    def queries_of(b, k, j, low, high):
+    def queries_of(b, k, j, layer, low, high):
         return b, k, 0, 0
 
-    def keys_of(b, k, j, low, high):  # clamped to the visible tiles: a repeated one is not read
+    def keys_of(b, k, j, layer, low, high):  # clamped to what is seen: a repeated tile is not read
         last = jax.lax.div(jnp.maximum(high[b] - 1, 0), block)
-        return b, jnp.clip(j, jnp.minimum(jax.lax.div(low[b], block), last), last), k
+        return layer[0], b, jnp.clip(j, jnp.minimum(jax.lax.div(low[b], block), last), last), k
 
     def out(size):
         return pl.BlockSpec((1, 1, R, size), queries_of)
 
     grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=2,
+        num_scalar_prefetch=3,
         grid=(B, K, pl.cdiv(S, block)),
-        in_specs=[out(H), *[pl.BlockSpec((1, block, H), keys_of)] * 2],
+        in_specs=[out(H), *[pl.BlockSpec((1, 1, block, H), keys_of)] * 2],
         out_specs=[out(1), out(1), out(H)],
     )
     return pl.pallas_call(
@@ -93,13 +117,13 @@ def partial_attention(q_BKRH, k_BSKH, v_BSKH, low_B, high_B, block: int, interpr
         ),
         interpret=interpret,
         name="decode_attention",
-    )(low_B, high_B, q_BKRH, *(x.reshape(B, S, K * H) for x in (k_BSKH, v_BSKH)))
+    )(layer[None], low_B, high_B, q_BKRH, *(x.reshape(L, B, S, K * H) for x in (k_LBSKH, v_LBSKH)))
 
 
-def _kernel(low_ref, high_ref, q_ref, k_ref, v_ref, max_ref, sum_ref, mix_ref):
+def _kernel(layer_ref, low_ref, high_ref, q_ref, k_ref, v_ref, max_ref, sum_ref, mix_ref):
     b, j = pl.program_id(0), pl.program_id(2)
     low, high = low_ref[b], high_ref[b]
-    block, H = k_ref.shape[1:]
+    block, H = k_ref.shape[2:]
     first = j * block
 
     @pl.when(j == 0)
@@ -110,12 +134,12 @@ def _kernel(low_ref, high_ref, q_ref, k_ref, v_ref, max_ref, sum_ref, mix_ref):
 
     @pl.when((first < high) & (first + block > low))
     def take_tile():
-        scores = product(q_ref[0, 0], k_ref[0], (1, 1))
+        scores = product(q_ref[0, 0], k_ref[0, 0], (1, 1))
         s = columns_of(scores.shape, first)
         e, shrink = grow_softmax(
             scores, (s >= low) & (s < high), max_ref.at[0, 0], sum_ref.at[0, 0]
         )
         # Unwritten or beyond the edge lies anything, and 0 * anything must be 0.
         real = columns_of((block, H), first, axis=0) < high
-        v = jnp.where(real, v_ref[0], jnp.zeros((), v_ref.dtype))
+        v = jnp.where(real, v_ref[0, 0], jnp.zeros((), v_ref.dtype))
         mix_ref[0, 0] = shrink * mix_ref[0, 0] + product(e.astype(v.dtype), v, (1, 0))

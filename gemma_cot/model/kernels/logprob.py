@@ -14,7 +14,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from gemma_cot.axes import round_up
-from gemma_cot.model.kernels.tiles import MASKED, columns_of, grow_softmax, interpreted, product
+from gemma_cot.model.kernels.tiles import (
+    MASKED,
+    columns_of,
+    grow_softmax,
+    interpreted,
+    per_device,
+    product,
+)
 
 # A tile of positions reads the whole embedding once: at 512 a v5e is bound by its matrix unit.
 BLOCK_C, BLOCK_V = 512, 512
@@ -38,9 +45,16 @@ def chosen_logprob(
     Differentiable in x and embed; the gradient of an unused embedding costs nothing under `jit`.
     temperature, blocks, interpret (None: off TPU) are static. Targets outside [0, V) are undefined.
     """
+    static = (float(temperature), block_C, block_V, interpreted(interpret))
+    return per_device(partial(_padded, static), "CD,VD,C->C,C")(x_CD, embed_VD, target_C)
+
+
+def _padded(static, x_CD, embed_VD, target_C):
+    """Pad the rows to whole tiles and run the kernel on them."""
     C = x_CD.shape[0]
-    static = (float(temperature), min(block_C, round_up(C, 16)), block_V, interpreted(interpret))
-    padding = round_up(C, static[1]) - C
+    temperature, block_C, block_V, interpret = static
+    static = (temperature, min(block_C, round_up(max(C, 1), 16)), block_V, interpret)
+    padding = round_up(max(C, 1), static[1]) - C
     x_CD = jnp.pad(x_CD, ((0, padding), (0, 0)))
     target_C1 = jnp.pad(target_C.astype(jnp.int32), (0, padding))[:, None]
     logp_C1, entropy_C1 = _chosen(x_CD, embed_VD, target_C1, static)

@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from gemma_cot.model.kernels.tiles import MASKED, columns_of, grow_softmax, interpreted, product
+from gemma_cot.model.kernels.tiles import (
+    MASKED,
+    check_head_dim,
+    columns_of,
+    grow_softmax,
+    interpreted,
+    per_device,
+    product,
+)
 from gemma_cot.model.layers import attention, causal_mask
 
 BLOCK = 256  # queries and keys a tile
@@ -24,7 +32,7 @@ def prefill_attention(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     start_B: jax.Array,
-    window: int | None = None,
+    window: jax.Array | int | None = None,
     *,
     block: int = BLOCK,
     interpret: bool | None = None,
@@ -32,57 +40,64 @@ def prefill_attention(
     """Return `mix_BTNH` in q's dtype; 0 for queries before start_b, which see nothing.
 
     softmax over {s : start_b <= s <= t, t - s < window} of q_t . k_s, times v_s; S = T, q already
-    scaled. Differentiable in q, k, v. window, block, interpret (None: off TPU) are static. On a TPU
-    the head dimension must be a multiple of 128 (Gemma 3: 256, and 128 for 27B).
+    scaled. Differentiable in q, k, v. window may be traced; block, interpret (None: off TPU) are
+    static. Raises ValueError for a head dimension that a TPU cannot tile.
     """
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     if T != S:
         raise ValueError(f"prefill_attention: queries and keys must be as many, got {T} and {S}")
-    static = (T if window is None else window, min(block, T), interpreted(interpret))
-    return _attend(q_BTNH, k_BSKH, v_BSKH, start_B.astype(jnp.int32), static)
+    static = (min(block, T), interpreted(interpret))
+    check_head_dim(q_BTNH.shape[3], static[1])
+    window = jnp.asarray(T if window is None else window, jnp.int32)
+    attend = per_device(partial(_attend, static), "BTNH,BSKH,BSKH,B,->BTNH")
+    return attend(q_BTNH, k_BSKH, v_BSKH, start_B.astype(jnp.int32), window)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q_BTNH, k_BSKH, v_BSKH, start_B, static):
-    window, block, interpret = static
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static, q_BTNH, k_BSKH, v_BSKH, start_B, window):
+    block, interpret = static
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     width = N // K * H  # the query heads of one key/value head lie side by side
     tiles = pl.cdiv(T, block)
 
-    def keys_of(b, k, i, j):  # clamped to what tile i sees: a repeated tile is not read again
-        oldest = jax.lax.div(jnp.maximum(i * block - window + 1, 0), block)
+    def queries_of(b, k, i, j, start, window):
+        return b, i, k
+
+    def keys_of(b, k, i, j, start, window):  # clamped: a tile seen before is not read again
+        oldest = jax.lax.div(jnp.maximum(i * block - window[0] + 1, 0), block)
         return b, jnp.clip(j, oldest, i), k
 
-    queries = pl.BlockSpec((1, block, width), lambda b, k, i, j: (b, i, k))
-    mix = pl.pallas_call(
-        partial(_kernel, window=window, num_positions=T),
+    queries = pl.BlockSpec((1, block, width), queries_of)
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=2,
         grid=(B, K, tiles, tiles),
-        in_specs=[
-            pl.BlockSpec(memory_space=pltpu.SMEM),
-            queries,
-            *[pl.BlockSpec((1, block, H), keys_of)] * 2,
-        ],
+        in_specs=[queries, *[pl.BlockSpec((1, block, H), keys_of)] * 2],
         out_specs=queries,
-        out_shape=jax.ShapeDtypeStruct((B, T, N * H), q_BTNH.dtype),
         scratch_shapes=[
             pltpu.VMEM((N // K, block, 1), jnp.float32),
             pltpu.VMEM((N // K, block, 1), jnp.float32),
             pltpu.VMEM((N // K, block, H), jnp.float32),
         ],
+    )
+    rows = [x.reshape(B, T, -1) for x in (q_BTNH, k_BSKH, v_BSKH)]
+    mix = pl.pallas_call(
+        partial(_kernel, num_positions=T),
+        grid_spec=grid,
+        out_shape=jax.ShapeDtypeStruct((B, T, N * H), q_BTNH.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
         ),
         interpret=interpret,
         name="prefill_attention",
-    )(start_B, q_BTNH.reshape(B, T, N * H), *(x.reshape(B, T, K * H) for x in (k_BSKH, v_BSKH)))
+    )(start_B, window[None], *rows)
     return mix.reshape(B, T, N, H)
 
 
 def _kernel(
-    start_ref, q_ref, k_ref, v_ref, out_ref, max_ref, sum_ref, mix_ref, *, window, num_positions
+    start_ref, window_ref, q_ref, k_ref, v_ref, out_ref, max_ref, sum_ref, mix_ref, *, num_positions
 ):
-    start = start_ref[pl.program_id(0)]
+    start, window = start_ref[pl.program_id(0)], window_ref[0]
     i, j = pl.program_id(2), pl.program_id(3)
     Q, block, H = mix_ref.shape
 
@@ -115,19 +130,18 @@ def _kernel(
             out_ref[0, :, h * H : (h + 1) * H] = (mix_ref[h] / total).astype(out_ref.dtype)
 
 
-def _attend_fwd(q_BTNH, k_BSKH, v_BSKH, start_B, static):
-    saved = (q_BTNH, k_BSKH, v_BSKH, start_B)
-    return _attend(*saved, static), saved
+def _attend_fwd(static, *arguments):
+    return _attend(static, *arguments), arguments
 
 
 def _attend_bwd(static, saved, g_BTNH):
-    *qkv, start_B = saved
+    *qkv, start_B, window = saved
     T = g_BTNH.shape[1]
-    mask_BTS = causal_mask(start_B, T, static[0])[0]
+    mask_BTS = causal_mask(start_B, T, window)[0]
     real_BT = jnp.arange(T)[None, :] >= start_B[:, None]
     g_BTNH = jnp.where(real_BT[:, :, None, None], g_BTNH, jnp.zeros((), g_BTNH.dtype))
     _, pull_back = jax.vjp(lambda q, k, v: attention(q, k, v, mask_BTS), *qkv)
-    return *pull_back(g_BTNH), None
+    return *pull_back(g_BTNH), None, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
