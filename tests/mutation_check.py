@@ -143,6 +143,27 @@ MUTANTS = (
         "unembed(params, x_CD)",
         "tests/model/test_logprob.py",
     ),
+    Mutant(
+        "prefill kernel: window off by one",
+        "model/kernels/prefill.py",
+        "(t - s < window)",
+        "(t - s <= window)",
+        "tests/model/kernels/test_kernel_attention.py",
+    ),
+    Mutant(
+        "decode kernel: oldest key off by one",
+        "model/kernels/decode.py",
+        "width + step - (window - 1)",
+        "width + step - window",
+        "tests/model/kernels/test_kernel_attention.py",
+    ),
+    Mutant(
+        "log-prob kernel: temperature missing in its gradient",
+        "model/kernels/logprob.py",
+        "return g / temperature",
+        "return g",
+        "tests/model/kernels/test_kernel_logprob.py",
+    ),
 )
 
 

@@ -19,12 +19,16 @@ LEVELS = [
      "model.kernels.tiles", "model.kernels.logprob", "model.kernels.prefill",
      "model.kernels.decode", "model.gemma", "model.logprob", "model.cache", "model.sample",
      "model.kernels.reference"],
-    ["lora.lora", "lora.peft", "lora", "testing"],
+    ["lora.lora", "lora.peft", "lora", "testing.outcome", "testing.kernels",
+     "testing.losses", "testing"],
     ["policy", "sft", "grpo.rollout", "grpo.step", "evaluation", "run", "cli",
-     "prepare.convert", "prepare.filters", "prepare.card", "prepare.pipeline"],
+     "prepare.convert", "prepare.filters", "prepare.card", "prepare.pipeline",
+     "distill.settings", "distill.template", "distill.answer", "distill.journal",
+     "distill.teacher", "distill.collect", "distill.pipeline",
+     "serve.request", "serve.engine", "serve.app"],
 ]  # fmt: skip
 COMMANDS = ["train", "evaluate", "generate", "export", "doctor", "tasks.pretrain",
-            "prepare.__main__"]  # fmt: skip
+            "prepare.__main__", "distill.command", "distill.__main__", "serve.__main__"]  # fmt: skip
 ORDER = {name: i for i, name in enumerate(name for level in LEVELS for name in level)}
 MAX_FILE, MAX_FUNCTION = 425, 60
 
@@ -58,7 +62,8 @@ def test_imports_point_down(path):
         upwards = {other for other in our_imports(path) if ORDER.get(other, 999) >= ORDER[name]}
         assert not upwards, f"{name} may not import {upwards}"
     else:
-        assert name in ("", "grpo", "model", "tasks", "prepare"), f"{name} has no place in LEVELS"
+        rooms = ("", "grpo", "model", "tasks", "prepare", "distill", "serve")
+        assert name in rooms, f"{name} has no place in LEVELS"
         assert not our_imports(path)
 
 
@@ -72,8 +77,8 @@ def test_rooms_keep_to_themselves():
         if name.startswith("model."):
             strangers = ("lora", "grpo", "tokenizer", "optim", "data")
             assert not {other for other in imports if other.split(".")[0] in strangers}
-        for room in ("tasks", "prepare"):  # tools that the core never imports
-            if not name.startswith((room, "testing")):
+        for room in ("tasks", "prepare", "distill", "serve"):  # tools that the core never imports
+            if not name.startswith((room, "testing", "distill" if room == "prepare" else room)):
                 assert not {other for other in imports if other.startswith(room)}
 
 

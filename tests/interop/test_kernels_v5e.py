@@ -24,7 +24,7 @@ from gemma_cot.model.sample import sample
 
 pytest.importorskip("libtpu")
 pytestmark = pytest.mark.interop
-N, K, H, D, V = 4, 1, 256, 1152, 262_144
+N, K, H, V = 4, 1, 256, 262_144
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -50,8 +50,9 @@ def num_kernels(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("num_positions", [1024, 37])
-def test_logprob_compiles(num_kernels, dtype, num_positions):
+@pytest.mark.parametrize(("num_positions", "D"), [(1024, 1152), (37, 1152), (600, 5376)])
+def test_logprob_compiles(num_kernels, dtype, num_positions, D):
+    """Widths of 1B and 27B: the widest float32 tiles must fit the fast memory too."""
     def loss(x_CD, embed_VD, target_C):
         return sum(x.sum() for x in chosen_logprob(x_CD, embed_VD, target_C, 0.9, interpret=False))
 

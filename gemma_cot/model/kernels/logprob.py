@@ -25,6 +25,7 @@ from gemma_cot.model.kernels.tiles import (
 
 # A tile of positions reads the whole embedding once: at 512 a v5e is bound by its matrix unit.
 BLOCK_C, BLOCK_V = 512, 512
+TILE_BYTES = 8 * 2**20  # a wider model gets shorter tiles, for all of them must fit at once
 
 
 def chosen_logprob(
@@ -51,10 +52,13 @@ def chosen_logprob(
 
 def _padded(static, x_CD, embed_VD, target_C):
     """Pad the rows to whole tiles and run the kernel on them."""
-    C = x_CD.shape[0]
+    C, D = x_CD.shape
     temperature, block_C, block_V, interpret = static
-    static = (temperature, min(block_C, round_up(max(C, 1), 16)), block_V, interpret)
-    padding = round_up(max(C, 1), static[1]) - C
+    longest = TILE_BYTES // (D * x_CD.dtype.itemsize) // 128 * 128
+    rows = max(C, 1)
+    block_C = min(block_C, longest, round_up(rows, 16))
+    static = (temperature, block_C, min(block_V, longest), interpret)
+    padding = round_up(rows, block_C) - C
     x_CD = jnp.pad(x_CD, ((0, padding), (0, 0)))
     target_C1 = jnp.pad(target_C.astype(jnp.int32), (0, padding))[:, None]
     logp_C1, entropy_C1 = _chosen(x_CD, embed_VD, target_C1, static)

@@ -1,8 +1,7 @@
 """A bench for kernels, ours or yours: a callable is run against the reference on a grid of cases.
 
-    from gemma_cot.testing import OPERATIONS, check_kernel, report
-
     >>> import jax
+    >>> from gemma_cot.testing import check_kernel, report
     >>> def my_logprob(x_CD, embed_VD, target_C, temperature):  # forgets the temperature
     ...     logits_CV = (x_CD @ embed_VD.T).astype("float32")
     ...     logp_CV = jax.nn.log_softmax(logits_CV)
@@ -22,7 +21,7 @@ queries is free, as long as it is finite. Knows no model.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import jax
@@ -30,9 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_cot.model.kernels import reference
+from gemma_cot.testing.outcome import Outcome, compare, one_line, partial_outcome
 
 LIMITS = {"float32": 2e-5, "bfloat16": 2e-2}  # rounding of 24 and of 8 bits, over short sums
-SMALLEST = 1e-3  # errors of a quantity that is 0 throughout are measured against this
 
 
 @dataclass(frozen=True)
@@ -62,22 +61,6 @@ class Operation:
     differentiable: tuple[str, ...]  # arguments whose gradient is checked
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One row of the report."""
-
-    case: str
-    dtype: str
-    what: str  # "value", "value 2", or "d name"
-    error: float  # NaN when the callable raised or returned another shape
-    limit: float
-    message: str = field(default="")
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.limit  # False for NaN
-
-
 def check_kernel(name: str, function: Callable, gradients: bool = True) -> list[Outcome]:
     """Run `function` against OPERATIONS[name] on every case, in float32 and bfloat16.
 
@@ -95,53 +78,13 @@ def check_kernel(name: str, function: Callable, gradients: bool = True) -> list[
             try:
                 got = _run(OPERATIONS[name], function, arguments, case, counted, gradients)
             except Exception as error:  # whatever a stranger's kernel raises is its result
-                outcomes.append(row("value", float("nan"), _one_line(error)))
+                outcomes.append(row("value", float("nan"), one_line(error)))
                 continue
             outcomes += compare(row, got, want)
     return outcomes
 
 
-def partial_outcome(case: str, dtype: str, limit: float) -> Callable:
-    """Return f(what, error, message) -> Outcome of one case."""
-    return lambda what, error, message="": Outcome(case, dtype, what, error, limit, message)
-
-
-def compare(row: Callable, got: dict, want: dict) -> list[Outcome]:
-    """Return one outcome per value and gradient in `want`, both {what: (array, counted mask)}."""
-    outcomes = []
-    for what, (truth, counted) in want.items():
-        array = np.asarray(got[what][0], np.float32) if what in got else None
-        if array is None or array.shape != truth.shape:
-            shape = "nothing" if array is None else array.shape
-            outcomes.append(row(what, float("nan"), f"must be {truth.shape}, got {shape}"))
-        elif not np.isfinite(array).all():
-            outcomes.append(row(what, float("nan"), "not finite everywhere"))
-        else:
-            error = np.where(counted, np.abs(array - truth), 0.0).max()
-            size = np.where(counted, np.abs(truth), 0.0).max()
-            outcomes.append(row(what, float(error / max(size, SMALLEST))))
-    return outcomes
-
-
-def report(outcomes: list[Outcome]) -> str:
-    """Return the outcomes as a table, one line each, and a last line that counts them."""
-    width = max((len(outcome.case) for outcome in outcomes), default=5)
-    form = "{:<" + str(width) + "}  {:<8}  {:<12}  {:>9}  {:>8}  {}"
-    lines = [form.format("shape", "dtype", "what", "max error", "limit", "verdict")]
-    for o in outcomes:
-        verdict = "ok" if o.passed else f"failed {o.message}".rstrip()
-        error, limit = f"{o.error:.1e}", f"{o.limit:.0e}"
-        lines.append(form.format(o.case, o.dtype, o.what, error, limit, verdict))
-    passed = sum(outcome.passed for outcome in outcomes)
-    return "\n".join([*lines, f"{passed} of {len(outcomes)} within their limits"])
-
-
 # ------------------------------------------------------------------------- running one case
-
-
-def _one_line(error: Exception) -> str:
-    first = (str(error).strip() or "no message").splitlines()[0]
-    return f"{type(error).__name__}: {first[:160]}"
 
 
 @cache
