@@ -6,6 +6,7 @@ user turn. Knows no dataset.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,15 +115,24 @@ def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
     return tokenizer.processor.decode([int(i) for i in ids])
 
 
-def render_turns(user: str, system: str = "") -> str:
-    """Return the text after <bos> of a chat that waits for the model's answer to `user`."""
-    turn = f"{system}\n\n{user.strip()}" if system else user.strip()
-    return f"{START_OF_TURN}user\n{turn}{END_OF_TURN}\n{START_OF_TURN}model\n"
+def render_turns(user: str, system: str = "", earlier: Sequence[tuple[str, str]] = ()) -> str:
+    """Return the text after <bos> of a chat that waits for the model's answer to `user`.
+
+    earlier: the (user, model) turns before that; the system text opens the first user turn.
+    """
+    text, lead = "", f"{system}\n\n" if system else ""
+    for question, answer in earlier:
+        text += f"{START_OF_TURN}user\n{lead}{question.strip()}{END_OF_TURN}\n"
+        text += f"{START_OF_TURN}model\n{answer.strip()}{END_OF_TURN}\n"
+        lead = ""
+    return text + f"{START_OF_TURN}user\n{lead}{user.strip()}{END_OF_TURN}\n{START_OF_TURN}model\n"
 
 
-def encode_prompt(tokenizer: Tokenizer, user: str, system: str = "") -> list[int]:
+def encode_prompt(
+    tokenizer: Tokenizer, user: str, system: str = "", earlier: Sequence[tuple[str, str]] = ()
+) -> list[int]:
     """Return <bos> and the ids of the rendered chat: what the model is given."""
-    return [BOS, *encode(tokenizer, render_turns(user, system))]
+    return [BOS, *encode(tokenizer, render_turns(user, system, earlier))]
 
 
 def encode_target(tokenizer: Tokenizer, completion: str) -> list[int]:

@@ -49,6 +49,15 @@ def test_user_text_is_stripped_as_in_gemmas_template():
     assert render_turns("  \n How many?\n\n") == render_turns("How many?")
 
 
+def test_the_system_text_opens_the_first_of_several_turns():
+    assert render_turns("And pears?", "Be brief.", [(" How many? ", "7\n")]) == (
+        "<start_of_turn>user\nBe brief.\n\nHow many?<end_of_turn>\n"
+        "<start_of_turn>model\n7<end_of_turn>\n"
+        "<start_of_turn>user\nAnd pears?<end_of_turn>\n"
+        "<start_of_turn>model\n"
+    )
+
+
 def test_prompt_ids_are_golden(tokenizer):
     """2 <bos>, 105 user 107, the text, 106 107, 105 model 107."""
     inner = [encode(tokenizer, text) for text in ("user", "How many?", "model")]
