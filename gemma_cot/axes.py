@@ -6,6 +6,7 @@ the parallelism of the whole program is editing that dict. Knows no model and no
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -33,7 +34,8 @@ LETTERS = {
 MESH_AXES = ("data", "model")
 
 # letter -> mesh axis. Letters that are absent are replicated.
-RULES = {"B": "data", "P": "data", "N": "model", "F": "model"}
+RULES = {"B": "data", "P": "data", "N": "model", "F": "model", "V": "model"}
+WEIGHTS_SHARE = 1 / 3  # of a device's memory; the rest is for adapter, caches and activations
 
 
 def shape_of(letters: str, sizes: dict[str, int]) -> tuple[int, ...]:
@@ -88,6 +90,41 @@ def parse_mesh(text: str, num_devices: int) -> tuple[int, int]:
     return data, model
 
 
+def auto_mesh(
+    num_devices: int,
+    sizes: dict[str, int],
+    weight_bytes: float,
+    memory_bytes: float,
+    batches: tuple[int, ...] = (),
+) -> str:
+    """Return what `--mesh=auto` stands for, e.g. "8x1": as many devices on data as possible.
+
+    The smallest model axis that cuts every letter on it evenly, leaves weights at most
+    WEIGHTS_SHARE of a device's memory, and a data axis that divides all `batches`. Where no axis
+    does, memory comes before batches, and the largest axis comes nearest.
+    """
+    divisors = [m for m in range(1, num_devices + 1) if num_devices % m == 0]
+    models = [m for m in divisors if not uneven_letters(sizes, m)]
+    light = [m for m in models if weight_bytes / m <= WEIGHTS_SHARE * memory_bytes] or models[-1:]
+    even = [m for m in light if all(rows % (num_devices // m) == 0 for rows in batches)] or light
+    return f"{num_devices // even[0]}x{even[0]}"
+
+
+def uneven_letters(sizes: dict[str, int], model: int) -> list[str]:
+    """Return the letters on the model axis whose sizes `model` devices cannot share evenly."""
+    return [x for x, axis in RULES.items() if axis == "model" and sizes[x] % model]
+
+
+def check_mesh(mesh: Mesh, sizes: dict[str, int]) -> None:
+    """Raise ValueError unless the mesh's model axis divides the sizes of all letters on it."""
+    data, model = mesh.shape["data"], mesh.shape["model"]
+    for letter in uneven_letters(sizes, model):
+        raise ValueError(
+            f"--mesh={data}x{model}: the model axis must divide the {sizes[letter]} of axis "
+            f"{letter} ({LETTERS[letter].split(',')[0]}), got {model}; set --mesh={data * model}x1"
+        )
+
+
 def make_mesh(text: str = "auto", devices: list | None = None) -> Mesh:
     """Return the (data, model) mesh that `--mesh` asks for over `devices` (default: all).
 
@@ -97,6 +134,46 @@ def make_mesh(text: str = "auto", devices: list | None = None) -> Mesh:
     shape = parse_mesh(text, len(devices))
     grid = np.asarray(devices, dtype=object).reshape(shape)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def per_device(
+    function: Callable,
+    letters: str,
+    mesh: Mesh | None = None,
+    axes: tuple[str, ...] = ("data",),
+) -> Callable:
+    """Return `function`, run by each device of `mesh` (None: the one in force) on its own rows.
+
+    letters: "BTNH,B,->BTNH", the axes of inputs and outputs ("" for a scalar, or a whole pytree
+    that every device has); rows (B, P, C) are split over `data`, everything else is whole. Without
+    a mesh, or inside another `per_device`, it is the function itself. For what the compiler cannot
+    cut by rows (a kernel), or would synchronise (a loop that ends when its rows have ended).
+    axes: those the function is cut along; the compiler still cuts along the others, which it
+    cannot do to a kernel. Collectives over `axes` are those the function asks for by name.
+    """
+    mesh_here = jax.sharding.get_abstract_mesh()
+    mesh = mesh_here if mesh is None else mesh
+    cut = {axis for axis, size in mesh.shape.items() if axis in axes or size == 1}
+    cut -= set(mesh_here.manual_axes)
+    if not cut:
+        return function
+
+    def specs(side: str) -> list[PartitionSpec]:
+        rows = "BPC" if "data" in cut else ""
+        return [
+            PartitionSpec(*("data" if letter in rows else None for letter in array))
+            for array in side.split(",")
+        ]
+
+    inputs, outputs = map(specs, letters.split("->"))
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=tuple(inputs),
+        out_specs=tuple(outputs) if len(outputs) > 1 else outputs[0],
+        axis_names=cut,
+        check_vma=False,
+    )
 
 
 def round_up(n: int, multiple: int) -> int:

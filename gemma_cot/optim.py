@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from gemma_cot.axes import sharding_of
+from gemma_cot.axes import per_device, replicated, sharding_of
 from gemma_cot.config import TrainConfig
 
 
@@ -87,6 +87,8 @@ def accumulate_gradients(loss_fn: Callable, lora, batch: dict) -> tuple:
         return (jax.tree.map(jnp.add, grads, new_grads), joined), None
 
     first = {name: value[0] for name, value in batch.items()}
+    if all(len(value) == 1 for value in batch.values()):
+        return jax.grad(loss_fn, has_aux=True)(lora, first)  # and no memory for a sum
     shapes = jax.eval_shape(lambda: loss_fn(lora, first)[1])
     start_metrics = {
         name: jnp.full(leaf.shape, -jnp.inf if name.endswith("_max") else 0, leaf.dtype)
@@ -95,6 +97,30 @@ def accumulate_gradients(loss_fn: Callable, lora, batch: dict) -> tuple:
     start = (jax.tree.map(jnp.zeros_like, lora), start_metrics)
     (grads, metrics), _ = jax.lax.scan(one, start, batch)
     return grads, metrics
+
+
+def data_parallel_gradients(loss_fn: Callable, mesh: Mesh) -> Callable:
+    """Return f(lora, params, batch) -> (grads, metrics), `accumulate_gradients` over all devices.
+
+    loss_fn(lora, params, micro). Every data shard accumulates over its own rows; what the shards
+    have is then summed once, by one all-reduce.
+    """
+
+    def on_shard(lora, params, batch):
+        grads, metrics = accumulate_gradients(
+            lambda lora, micro: loss_fn(lora, params, micro), lora, batch
+        )
+        largest = {name: metrics.pop(name) for name in list(metrics) if name.endswith("_max")}
+        grads, metrics = jax.lax.psum((grads, metrics), "data")
+        return grads, metrics | jax.lax.pmax(largest, "data")
+
+    gradients = per_device(on_shard, ",,MB->,", mesh)
+
+    def whole_gradients(lora, params, batch):
+        grads, metrics = gradients(lora, params, batch)
+        return jax.lax.with_sharding_constraint(grads, replicated(mesh)), metrics
+
+    return whole_gradients
 
 
 def apply_gradients(

@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 from gemma_cot.axes import replicated
 from gemma_cot.config import ModelConfig
 from gemma_cot.data import Encoded, sft_rows
-from gemma_cot.model.logprob import chunk_of, logprobs_and_entropy
+from gemma_cot.model.logprob import logprobs_and_entropy
 from gemma_cot.model.params import Params
-from gemma_cot.optim import TrainState, accumulate_gradients, apply_gradients
+from gemma_cot.optim import TrainState, apply_gradients, data_parallel_gradients
 
 
 def sft_batch(rows: list[Encoded], width: int, target_width: int) -> dict[str, np.ndarray]:
@@ -27,16 +27,13 @@ def sft_batch(rows: list[Encoded], width: int, target_width: int) -> dict[str, n
     return batch | {"weight_BT": (mask_BT / mask_BT.sum()).astype(np.float32)}
 
 
-def sft_loss(
-    lora, params: Params, cfg: ModelConfig, micro: dict, width: int, remat: bool, chunk: int
-):
-    """Return (summed loss in nats a token, {"loss"}) of one micro-batch."""
+def sft_loss(lora, params: Params, cfg: ModelConfig, micro: dict, width: int, remat: bool):
+    """Return (summed loss in nats a token, {"loss", "tokens"}) of one micro-batch."""
     logp_BT, _ = logprobs_and_entropy(
-        params, cfg, micro["tokens_BT"], micro["start_B"], lora,
-        first_column=width, remat=remat, chunk=chunk,
-    )  # fmt: skip
+        params, cfg, micro["tokens_BT"], micro["start_B"], lora, first_column=width, remat=remat
+    )
     loss = -(micro["weight_BT"] * logp_BT).sum()
-    return loss, {"loss": loss}
+    return loss, {"loss": loss, "tokens": (micro["weight_BT"] > 0).sum(dtype=jnp.float32)}
 
 
 def make_sft_step(
@@ -48,17 +45,15 @@ def make_sft_step(
     optimiser are replicated over `mesh`; batch and params keep the sharding they come with.
     """
 
+    def loss_fn(lora, params, micro):
+        return sft_loss(lora, params, cfg, micro, width, remat)
+
+    gradients = data_parallel_gradients(loss_fn, mesh)
+
     @partial(jax.jit, donate_argnums=0, out_shardings=replicated(mesh))
     def step(state: TrainState, params: Params, batch: dict):
-        rows = batch["start_B"].shape[1] // mesh.shape["data"]  # that a device runs at a time
-        chunk = chunk_of(cfg, rows)
-
-        def loss_fn(lora, micro):
-            return sft_loss(lora, params, cfg, micro, width, remat, chunk)
-
-        grads, metrics = accumulate_gradients(loss_fn, state.lora, batch)
+        grads, metrics = gradients(state.lora, params, batch)
         state, norm = apply_gradients(optimizer, state, grads)
-        tokens = jnp.sum(batch["weight_BT"] > 0)
-        return state, metrics | {"grad_norm": norm, "tokens": tokens}
+        return state, metrics | {"grad_norm": norm}
 
     return step

@@ -139,8 +139,8 @@ MUTANTS = (
     Mutant(
         "log-probs at temperature 1",
         "model/logprob.py",
-        "unembed(params, x_CD) / temperature",
-        "unembed(params, x_CD)",
+        "unembed(params, x) / temperature",
+        "unembed(params, x)",
         "tests/model/test_logprob.py",
     ),
     Mutant(

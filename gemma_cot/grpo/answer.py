@@ -16,6 +16,7 @@ import re
 import unicodedata
 import warnings
 from fractions import Fraction
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -37,6 +38,8 @@ def answers_match(gold: str, predicted: str, domain: str = "math") -> bool:
     gold, predicted = strip_marks(gold), strip_marks(predicted)
     if not gold or not predicted:
         return False
+    if gold == predicted:
+        return True
     if domain == "code":
         return _code_matches(gold, predicted)
     return _choice_or_value_matches(gold, predicted, is_science=domain == "science")
@@ -90,9 +93,8 @@ def _outer_mark(text: str, used: set[str]) -> tuple[str | None, str]:
     if "stop" not in used and text.endswith(".") and len(text) > 1:
         return "stop", text[:-1]
     for kind, opening, closing in _MARKS:
-        inner = text[len(opening) : -len(closing)]
-        if (kind not in used and inner.strip(_BLANKS)
-                and text.startswith(opening) and text.endswith(closing)
+        if (text.startswith(opening) and text.endswith(closing) and kind not in used
+                and (inner := text[len(opening) : -len(closing)]).strip(_BLANKS)
                 and _is_one_layer(inner, opening, closing)):
             return kind, _FENCE_LANGUAGE.sub("", inner) if opening == "```" else inner
     return None, text
@@ -132,9 +134,10 @@ _GROUP = rf"(?:\{{ ?([+-]?{_DECIMAL}) ?\}}|([0-9]))"
 _FRAC = re.compile(rf"\\[dt]?frac ?{_GROUP} ?{_GROUP}")
 _TEXT_COMMAND = re.compile(r"\\(?:text|textrm|mathrm|mbox)\{([^{}]*)\}")
 _GROUP_SPACE = re.compile(r"(?<=[0-9])(?:\\,|,\\!|\{,\}|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))")
-_LATEX_SPACE = re.compile(r"\\[,;:! ]|\\quad|~")
+_LATEX_SPACE = re.compile(r"\\[,;:! ]|\\quad|(?<!^)~")  # "~72" is about 72
 
 
+@lru_cache(maxsize=1024)
 def parse_quantity(text: str) -> Quantity | None:
     """Read one number with at most a currency sign and a unit; None if `text` is anything else."""
     if len(text) > MAX_NUMBER:
@@ -142,7 +145,7 @@ def parse_quantity(text: str) -> Quantity | None:
     text = _GROUP_SPACE.sub(",", text)
     text = _TEXT_COMMAND.sub(r" \1 ", text.replace("\\%", "%").replace("\\$", "$"))
     text = _LATEX_SPACE.sub(" ", text.replace("\u2212", "-"))
-    found = _NUMBER.fullmatch(collapse(_FRAC.sub(r" \1\2/\3\4", collapse(text))))
+    found = _NUMBER.fullmatch(collapse(_FRAC.sub(r" \1\2/\3\4 ", collapse(text))))
     if found is None or (found["inner_sign"] and (found["sign"] or not found["money"])):
         return None
     size = _magnitude(found)
@@ -163,7 +166,7 @@ def _magnitude(found: re.Match) -> Fraction | None:
     if found["second"]:
         second = Fraction(found["second"].replace(",", ""))
         return first / second if second else None
-    return first * Fraction(10) ** int(found["power"] or 0)
+    return first * Fraction(10) ** int(found["power"]) if found["power"] else first
 
 
 def same_number(gold: Quantity, predicted: Quantity) -> bool:
@@ -206,7 +209,8 @@ for _canonical, _words in _SPELLINGS.items():
 # Words that make "75 <word>" another number, an expression or a second thought.
 _NOT_UNITS = set(
     "or and to not no nor is are was be if than of but minus plus by about approximately around "
-    "maybe perhaps either versus vs negative below wait think guess actually because since "
+    "roughly nearly almost maybe perhaps possibly probably likely hopefully unsure either versus "
+    "vs unless except instead until negative below wait think guess actually because since "
     "hundred thousand million billion trillion dozen mn bn half halves third thirds fourth fourths "
     "fifth fifths eighth eighths tenth tenths hundredth hundredths thousandth thousandths "
     "zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty "
@@ -254,6 +258,7 @@ def _is_unit_word(word: str) -> bool:
     return is_word and is_long_enough and word.casefold() not in _NOT_UNITS
 
 
+@lru_cache(maxsize=4096)
 def _spellings(word: str) -> frozenset[str]:
     """Return every form under which `word` equals another: singular, symbol, either case.
 

@@ -1,22 +1,22 @@
-"""Score completions: format, process and outcome rewards, and a user's own reward functions.
+"""Score completions: format, process and outcome rewards, and two penalties in tokens.
 
 Every reward function has the signature of TRL's and Tunix's: lists in, a list out, dataset columns
 as keyword lists; None means "does not apply to this example" and is counted by the caller. Knows
-no weights beyond what --reward states, no tokens and no device. grpo/rollout.py and the
-evaluation call `score`.
+no weights, no tokenizer and no device. grpo/rollout.py and the evaluation call them.
 """
 
-import importlib
 import json
 import math
 import numbers
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
 from gemma_cot.grpo.answer import answers_match
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 CHECKPOINTS_FOR_FULL_SCORE = 5  # 0.2 each
+NGRAM = 8  # tokens; shorter runs repeat in honest arithmetic too
 
 RewardFunction = Callable[..., list]
 
@@ -129,11 +129,11 @@ def _gold(metadata: Mapping) -> str | int | float | None:
 # How checkpoints are found
 
 _OPERATORS = "+-*/=^<>%()"
-_TO_ASCII = str.maketrans({
+_TO_ASCII = {
     "\u00d7": "*", "\u2715": "*", "\u2217": "*", "\u22c5": "*", "\u00b7": "*", "\u2219": "*",
     "\u00f7": "/", "\u2215": "/", "\u2044": "/", "\u2212": "-", "\u2010": "-", "\u2011": "-",
     "\u2012": "-", "\u2013": "-", "\u2014": "-", "\uff0b": "+", "\uff1d": "=", "\uff0d": "-",
-})
+}
 _LATEX_OPERATORS = (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("\\$", "$"))
 
 
@@ -143,10 +143,12 @@ def normalise(text: str) -> str:
     Case is dropped, typographic operators become ASCII, currency signs go, white space collapses
     and disappears beside operators.
     """
-    text = text.casefold().translate(_TO_ASCII)
+    text = text.casefold()
     for command, operator in _LATEX_OPERATORS:
         text = text.replace(command, operator)
-    text = "".join(c for c in text if unicodedata.category(c) != "Sc")
+    for char in "$" if text.isascii() else set(text):
+        if char in _TO_ASCII or unicodedata.category(char) == "Sc":
+            text = text.replace(char, _TO_ASCII.get(char, ""))
     text = " ".join(text.split())
     for operator in _OPERATORS:
         text = text.replace(" " + operator, operator).replace(operator + " ", operator)
@@ -167,9 +169,12 @@ def checkpoint_hits(
     if matcher != "normalised":
         raise ValueError(f"process matcher - must be 'normalised' or 'literal' - got {matcher!r} - "
                          "use one of the two")
-    wanted = set(map(normalise, checkpoints)) - {""}
+    wanted = set(map(_normalised, checkpoints)) - {""}
     text = normalise(reasoning)
     return sum(_stands_in(text, checkpoint) for checkpoint in wanted), len(wanted)
+
+
+_normalised = lru_cache(maxsize=4096)(normalise)  # a row's checkpoints come back G times a rollout
 
 
 def _stands_in(text: str, checkpoint: str) -> bool:
@@ -228,7 +233,8 @@ def process_reward(
 
 
 def outcome_reward(
-    prompts: list, completions: list, *, metadata=None, metadata_json=None, domain=None, **columns
+    prompts: list, completions: list, *, matches: Callable[[str, str, str], bool] = answers_match,
+    metadata=None, metadata_json=None, domain=None, **columns,
 ) -> list[float | None]:
     """Return 1.0 where the answer block equals the gold answer, else 0.0; None without a gold."""
     scores: list[float | None] = []
@@ -236,106 +242,38 @@ def outcome_reward(
         gold = _gold(_metadata(metadata, metadata_json, row))
         _, answer = split_blocks(completion_text(completion))
         kind = _cell(domain, row)
-        is_right = gold is not None and answer is not None and answers_match(
+        is_right = gold is not None and answer is not None and matches(
             gold, answer, kind if isinstance(kind, str) else "math")
         scores.append(None if gold is None else float(is_right))
     return scores
 
 
-# A user's own rewards
+# Penalties, in tokens
 
 
-def load_reward(spec: str) -> tuple[str, RewardFunction, float]:
-    """Return name, function and weight of `package.module:function=weight`.
-
-    The weight is 1.0 if left out. Raises ValueError, one line, when any part cannot be had.
-    """
-    def refuse(rule: str, got: object, change: str) -> ValueError:
-        return ValueError(_one_line(f"--reward {spec!r} - {rule} - got {got} - {change}"))
-
-    path, equals, weight_text = spec.strip().partition("=")
-    module_name, colon, name = (part.strip() for part in path.partition(":"))
-    if not (module_name and colon and name):
-        raise refuse("must read package.module:function=weight", repr(path),
-                     "name a module, a colon and a function")
-    try:
-        weight = float(weight_text) if equals else 1.0
-    except ValueError:
-        weight = math.nan
-    if not math.isfinite(weight):
-        raise refuse("the weight must be a finite number", repr(weight_text), "write e.g. =0.5")
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
-        raise refuse("the module must be importable", f"{type(error).__name__}: {error}",
-                     "correct the name or set PYTHONPATH") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        got = f"type {type(function).__name__}" if hasattr(module, name) else "no such name"
-        raise refuse(f"{name} must be a function in {module_name}", got, "correct the name")
-    return name, function, weight
+def length_penalty(
+    prompts: list, completions: list, *, limit: int, cache: int, completion_ids=None, **columns
+) -> list[float | None]:
+    """Return the `overlong` penalty of every completion; None without its token ids."""
+    rows = [_cell(completion_ids, row) for row in range(len(completions))]
+    return [None if ids is None else overlong(len(ids), limit, cache) for ids in rows]
 
 
-def score(
-    reward_functions: Mapping[str, RewardFunction] | Iterable[tuple],
-    prompts: list, completions: list, columns: Mapping[str, list],
-) -> dict[str, list[float | None]]:
-    """Call every reward function and return its scores by name.
-
-    `reward_functions` are (name, function, ...) tuples as `load_reward` returns them, or a mapping
-    from name to function. Raises RewardError, one line, naming the function that failed and how.
-    """
-    if isinstance(reward_functions, Mapping):
-        reward_functions = reward_functions.items()
-    scores = {}
-    for name, function, *_ in reward_functions:
-        if name in scores:
-            raise RewardError(f"reward function {name} - names must differ - got it twice - "
-                              "rename one of the functions")
-        try:
-            values = function(prompts, completions, **columns)
-        except Exception as error:
-            first = completion_text(completions[0])[:200] if completions else ""
-            raise RewardError(
-                _one_line(f"reward function {name} - must not raise - got {type(error).__name__}: "
-                          f"{error}") + f" on first completion {first!r} - correct the function"
-            ) from error
-        scores[name] = _checked(name, values, len(completions))
-    return scores
+def overlong(num_tokens: int, limit: int, cache: int) -> float:
+    """Return DAPO's penalty (eq. 13): 0 up to limit - cache tokens, linear to -1 at `limit`."""
+    return 0.0 - min(max(num_tokens - limit + cache, 0) / cache, 1.0)
 
 
-def _checked(name: str, values: object, count: int) -> list[float | None]:
-    """Return the scores as floats and Nones; raise RewardError unless they are `count` of those."""
-    def refuse(rule: str, got: str, change: str) -> RewardError:
-        return RewardError(_one_line(f"reward function {name} - {rule} - got {got} - {change}"))
-
-    if not isinstance(values, list):
-        raise refuse("must return a list", f"type {type(values).__name__}", "return a list")
-    if len(values) != count:
-        raise refuse("must return one score a completion", f"{len(values)} scores for {count}",
-                     "return None where the reward does not apply")
-    scores = []
-    for row, value in enumerate(values):
-        number = _as_float(value)
-        if number is not None and not math.isfinite(number):
-            raise refuse("every score must be a finite number or None",
-                         f"{value!r:.80} at row {row}", "return a number, or None")
-        scores.append(number)
-    return scores
+def repetition_penalty(
+    prompts: list, completions: list, *, completion_ids=None, **columns
+) -> list[float | None]:
+    """Return minus the `repeated_share` of every completion's tokens; None without token ids."""
+    rows = [_cell(completion_ids, row) for row in range(len(completions))]
+    return [None if ids is None else 0.0 - repeated_share(ids) for ids in rows]
 
 
-def _as_float(value: object) -> float | None:
-    """Return a number, bool or array scalar as float, None as None, anything else as NaN."""
-    if value is None:
-        return None
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        value = value.item()
-    try:
-        return float(value) if isinstance(value, numbers.Real) else math.nan
-    except OverflowError:
-        return math.inf
-
-
-def _one_line(text: str) -> str:
-    """Return `text` with line breaks and runs of white space as one space."""
-    return " ".join(text.split())
+def repeated_share(ids: Sequence[int], n: int = NGRAM) -> float:
+    """Return the share of the runs of `n` tokens that stood there before: 1 - distinct / all."""
+    count = len(ids) - n + 1
+    runs = zip(*(ids[first : first + count] for first in range(n)), strict=True)
+    return 1.0 - len(set(runs)) / count if count > 0 else 0.0

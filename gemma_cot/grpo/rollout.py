@@ -15,7 +15,7 @@ from gemma_cot.axes import sharding_of
 from gemma_cot.config import ModelConfig
 from gemma_cot.data import Encoded, left_pad
 from gemma_cot.grpo.loss import has_signal
-from gemma_cot.grpo.reward import score
+from gemma_cot.grpo.reward import repeated_share
 from gemma_cot.model.params import Params
 from gemma_cot.model.sample import Samples, sample
 from gemma_cot.tokenizer import Tokenizer, decode
@@ -30,6 +30,7 @@ class Rollout:
     logp_BT: np.ndarray  # float32, the sampler's log-probs
     start_B: np.ndarray  # int32, first real column
     stopped_B: np.ndarray  # bool, False = truncated
+    useful_B: np.ndarray  # float32, share of decode steps that went into unfinished rows
     completions: list[str]  # text without the stop token
     scores: dict[str, list]  # reward function -> a score or None for every completion
     reward_PG: np.ndarray  # float32, weighted sum
@@ -50,26 +51,29 @@ def sample_prompts(
     max_new_tokens: int,
     temperature: float,
     stop_ids: tuple[int, ...],
+    slots: int = 0,
 ) -> Samples:
     """Left-pad, place and sample a batch of prompts. Returns device arrays at once (asynchronous).
 
     prompt_ids: the number that keys each prompt's draws. The number of prompts must be divisible by
-    the mesh's data devices.
+    the mesh's data devices. slots: completions that a device decodes at a time, 0: all of its rows.
     """
     tokens_PT, start_P = left_pad(prompts, width)
-    return sample(
-        params,
-        cfg,
-        jax.device_put(tokens_PT, sharding_of("PT", mesh)),
-        jax.device_put(start_P, sharding_of("P", mesh)),
-        key,
-        num_completions=num_completions,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        stop_ids=stop_ids,
-        lora=lora,
-        prompt_id_P=jax.device_put(np.asarray(prompt_ids, np.int32), sharding_of("P", mesh)),
-    )
+    with jax.set_mesh(mesh):
+        return sample(
+            params,
+            cfg,
+            jax.device_put(tokens_PT, sharding_of("PT", mesh)),
+            jax.device_put(start_P, sharding_of("P", mesh)),
+            key,
+            num_completions=num_completions,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            stop_ids=stop_ids,
+            lora=lora,
+            prompt_id_P=jax.device_put(np.asarray(prompt_ids, np.int32), sharding_of("P", mesh)),
+            slots=slots or None,
+        )
 
 
 def completion_texts(
@@ -81,6 +85,11 @@ def completion_texts(
         ids = tokens_T[mask_T]
         texts.append(decode(tokenizer, ids[:-1] if stopped else ids))
     return texts
+
+
+def completion_ids(tokens_BT: np.ndarray, mask_BT: np.ndarray) -> list[list[int]]:
+    """Return the sampled ids of every completion, its stop token included."""
+    return [ids_T[mask_T].tolist() for ids_T, mask_T in zip(tokens_BT, mask_BT, strict=True)]
 
 
 def reward_columns(rows: list[Encoded], repeats: int) -> tuple[list[str], dict[str, list]]:
@@ -123,16 +132,18 @@ def score_samples(
     rewards: list[tuple],
     group: int,
 ) -> Rollout:
-    """Fetch the samples of `rows`, read them and score them. Raises RewardError.
+    """Fetch the samples of `rows`, read them and score them.
 
-    rewards: (name, function, weight) tuples.
+    rewards: (name, function, weight) tuples. They also get the column `completion_ids`, as in TRL:
+    the sampled ids, the stop token included.
     """
     host = jax.device_get(samples)
     texts = completion_texts(
         tokenizer, host.tokens_BT, host.completion_mask_BT, host.stopped_B
     )
     prompts, columns = reward_columns(rows, group)
-    scores = score(rewards, prompts, texts, columns)
+    columns["completion_ids"] = completion_ids(host.tokens_BT, host.completion_mask_BT)
+    scores = {name: function(prompts, texts, **columns) for name, function, _ in rewards}
     weights = {name: weight for name, _, weight in rewards}
     reward_PG, valid_PG = combine_rewards(scores, weights, group)
     return Rollout(
@@ -141,6 +152,7 @@ def score_samples(
         logp_BT=host.logp_BT,
         start_B=host.start_B,
         stopped_B=host.stopped_B,
+        useful_B=host.useful_B,
         completions=texts,
         scores=scores,
         reward_PG=reward_PG,
@@ -151,6 +163,7 @@ def score_samples(
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     """Return the metrics of a rollout that need no model: rewards by part, lengths, signal."""
     reward_PG, valid_PG = rollout.reward_PG, rollout.valid_PG
+    ids_B = completion_ids(rollout.tokens_BT, rollout.mask_BT)
     groups = [row[ok] for row, ok in zip(reward_PG, valid_PG, strict=True)]
     spread_P = [group.std(ddof=1) if len(group) > 1 else 0.0 for group in groups]
     signal_P = has_signal(jnp.asarray(reward_PG), jnp.asarray(valid_PG))
@@ -159,9 +172,13 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "reward_std": float(np.mean(spread_P)),
         "signal_share": float(np.mean(signal_P)),
         "completion_tokens": float(rollout.mask_BT.sum(axis=1).mean()),
+        "decode_useful": float(rollout.useful_B.mean()),
         "truncated_rate": float(1 - rollout.stopped_B.mean()),
+        "repetition": float(np.mean([repeated_share(ids) for ids in ids_B])),
     }
     for name, values in rollout.scores.items():
         given = [value for value in values if value is not None]
         metrics[f"reward_{name}"] = float(np.mean(given)) if given else float("nan")
+        if len(given) < len(values):
+            metrics[f"none_{name}"] = 1 - len(given) / len(values)
     return metrics

@@ -13,58 +13,73 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from gemma_cot.axes import replicated, sharding_of
+from gemma_cot.axes import per_device, replicated
 from gemma_cot.config import ModelConfig, TrainConfig
 from gemma_cot.grpo.loss import group_advantages, grpo_loss, token_weights
-from gemma_cot.grpo.rollout import Rollout
-from gemma_cot.model.logprob import chunk_of, logprobs_and_entropy
+from gemma_cot.model.logprob import logprobs_and_entropy
 from gemma_cot.model.params import Params
-from gemma_cot.optim import TrainState, accumulate_gradients, apply_gradients, split_batch
+from gemma_cot.model.sample import Samples
+from gemma_cot.optim import TrainState, apply_gradients, data_parallel_gradients, split_batch
 
 
-def mini_batches(rollout: Rollout, cfg: TrainConfig, mesh: Mesh) -> list[dict]:
-    """Return the rollout as batches [M, rows, ...] on the mesh, one per optimiser step.
+def mini_batches(samples: Samples, cfg: TrainConfig, mesh: Mesh) -> list[dict]:
+    """Return sampled rows (host arrays) as batches [M, rows, ...] on the mesh, one per update.
 
-    Advantages are taken over the whole rollout, token weights over each mini-batch.
+    Token weights are those of each mini-batch. Needs no reward, so that the devices can work on
+    log-probs while the host scores; `add_advantages` completes the batches.
     """
-    advantage_PG = group_advantages(
-        jnp.asarray(rollout.reward_PG), jnp.asarray(rollout.valid_PG), scale=cfg.advantage_scale
-    )
-    advantage_B = np.asarray(advantage_PG).reshape(-1)
     rows = cfg.mini_batch * cfg.num_generations
     batches = []
-    for first in range(0, len(advantage_B), rows):
+    for first in range(0, len(samples.tokens_BT), rows):
         part = slice(first, first + rows)
-        mask_BT = rollout.mask_BT[part]
-        weight_BT = token_weights(
-            jnp.asarray(mask_BT), cfg.aggregation, cfg.max_completion_tokens
-        )
+        mask_BT = jnp.asarray(samples.completion_mask_BT[part])
+        weight_BT = token_weights(mask_BT, cfg.aggregation, cfg.max_completion_tokens)
         batch = {
-            "tokens_BT": rollout.tokens_BT[part],
-            "start_B": rollout.start_B[part],
-            "logp_sampler_BT": rollout.logp_BT[part],
-            "advantage_B": advantage_B[part],
+            "tokens_BT": samples.tokens_BT[part],
+            "start_B": samples.start_B[part],
+            "logp_sampler_BT": samples.logp_BT[part],
             "weight_BT": np.asarray(weight_BT),
         }
         batches.append(split_batch(batch, mesh.shape["data"] * cfg.micro_batch, mesh))
     return batches
 
 
+def add_advantages(
+    batches: list[dict], reward_PG: np.ndarray, valid_PG: np.ndarray, cfg: TrainConfig, mesh: Mesh
+) -> list[dict]:
+    """Return the batches with `advantage_B`, taken over the whole rollout."""
+    advantage_PG = group_advantages(
+        jnp.asarray(reward_PG), jnp.asarray(valid_PG), scale=cfg.advantage_scale
+    )
+    parts = np.asarray(advantage_PG).reshape(len(batches), -1)
+    rows_per_micro = mesh.shape["data"] * cfg.micro_batch
+    return [
+        batch | split_batch({"advantage_B": part}, rows_per_micro, mesh)
+        for batch, part in zip(batches, parts, strict=True)
+    ]
+
+
+def shared_rows(model_cfg: ModelConfig, cfg: TrainConfig) -> int:
+    """Return how many rows of a micro-batch share a prompt that is run once for all of them: the
+    group's, where a device's micro-batch holds whole groups, else 1."""
+    whole_groups = cfg.micro_batch % cfg.num_generations == 0
+    return cfg.num_generations if whole_groups and model_cfg.attention == "reference" else 1
+
+
 def make_logprobs(model_cfg: ModelConfig, cfg: TrainConfig, mesh: Mesh, width: int):
     """Return the jitted f(params, lora, batch) -> logp [M, rows, T], for old and reference."""
 
-    @partial(jax.jit, out_shardings=sharding_of("MBT", mesh))
     def logprobs(params: Params, lora, batch: dict) -> jax.Array:
         def one(micro):
             logp_BT, _ = logprobs_and_entropy(
                 params, model_cfg, *micro, lora, cfg.temperature, first_column=width,
-                chunk=chunk_of(model_cfg, cfg.micro_batch),
+                group=shared_rows(model_cfg, cfg),
             )  # fmt: skip
             return logp_BT
 
         return jax.lax.map(one, (batch["tokens_BT"], batch["start_B"]))
 
-    return logprobs
+    return jax.jit(per_device(logprobs, ",,MB->MBT", mesh))
 
 
 def add_logprobs(logprobs, params: Params, batches: list[dict], policy, reference, beta: float):
@@ -91,10 +106,10 @@ def make_grpo_step(
     batch: one of `mini_batches` with its log-probs; width: columns of the prompt.
     """
 
-    def loss_fn(lora, micro, params):
+    def loss_fn(lora, params, micro):
         logp_BT, entropy_BT = logprobs_and_entropy(
             params, model_cfg, micro["tokens_BT"], micro["start_B"], lora, cfg.temperature,
-            first_column=width, remat=cfg.remat, chunk=chunk_of(model_cfg, cfg.micro_batch),
+            first_column=width, group=shared_rows(model_cfg, cfg), remat=cfg.remat,
         )  # fmt: skip
         old_BT = micro.get("logp_old_BT")
         loss, metrics = grpo_loss(
@@ -106,21 +121,20 @@ def make_grpo_step(
         drift_BT = jnp.where(in_loss_BT, jnp.abs(at_rollout_BT - micro["logp_sampler_BT"]), 0.0)
         return loss, metrics | {
             "loss": loss,
+            "tokens": in_loss_BT.sum(dtype=jnp.float32),
             "entropy": jnp.where(in_loss_BT, entropy_BT, 0.0).sum(),
             "logp_drift_mean": drift_BT.sum(),
             "logp_drift_max": drift_BT.max(),
         }
 
+    gradients = data_parallel_gradients(loss_fn, mesh)
+
     @partial(jax.jit, donate_argnums=0, out_shardings=replicated(mesh))
     def step(state: TrainState, params: Params, batch: dict):
-        def with_params(lora, micro):
-            return loss_fn(lora, micro, params)
-
-        grads, metrics = accumulate_gradients(with_params, state.lora, batch)
+        grads, metrics = gradients(state.lora, params, batch)
         state, norm = apply_gradients(optimizer, state, grads)
-        tokens = (batch["weight_BT"] > 0).sum().astype(jnp.float32)
         for name in ("kl", "clip_share", "entropy", "logp_drift_mean"):  # sums over tokens so far
-            metrics[name] = metrics[name] / jnp.maximum(tokens, 1.0)
-        return state, metrics | {"grad_norm": norm, "tokens": tokens}
+            metrics[name] = metrics[name] / jnp.maximum(metrics["tokens"], 1.0)
+        return state, metrics | {"grad_norm": norm}
 
     return step

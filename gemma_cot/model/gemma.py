@@ -24,9 +24,15 @@ def positions(start_B: jax.Array, num_positions: int) -> jax.Array:
     return jnp.maximum(jnp.arange(num_positions)[None, :] - start_B[:, None], 0)
 
 
-def lora_parts(lora) -> tuple[dict | None, float]:
-    """Return (stacked adapter leaves or None, alpha / rank) of an adapter or of None."""
-    return (None, 0.0) if lora is None else (lora.layers, lora.scale)
+def lora_parts(lora, dtype) -> tuple[dict | None, float]:
+    """Return (stacked adapter leaves in `dtype` or None, alpha / rank) of an adapter or of None.
+
+    Cast before the layers are scanned, so that the scan stacks gradients in `dtype` too: each is
+    a product of activations in `dtype` and no wider than that.
+    """
+    if lora is None:
+        return None, 0.0
+    return jax.tree.map(lambda x: x.astype(dtype), lora.layers), lora.scale
 
 
 def hidden_states(
@@ -47,7 +53,7 @@ def hidden_states(
     start_B = jnp.zeros((B,), jnp.int32) if start_B is None else start_B
     angle_2BTh = rope_angles(cfg, positions(start_B, T))
     mask_2BTS = causal_mask(start_B, T, cfg.window)
-    adapters, scale = lora_parts(lora)
+    adapters, scale = lora_parts(lora, params["embed"].dtype)
 
     def layer_step(x_BTD, xs):
         layer, adapter, is_global = xs
@@ -57,15 +63,68 @@ def hidden_states(
             if cfg.attention == "pallas":
                 window = jnp.where(is_global, T, cfg.window)
                 return prefill_attention(q_BTNH, k_BTKH, v_BTKH, start_B, window), kept
-            return attention(q_BTNH, k_BTKH, v_BTKH, mask_2BTS[is_global]), kept
+            return attend_plainly(q_BTNH, k_BTKH, v_BTKH, mask_2BTS[is_global]), kept
 
         return block(cfg, x_BTD, layer, adapter, scale, angle_2BTh[is_global], attend)
 
-    step = jax.checkpoint(layer_step) if remat else layer_step
+    # The scores are recomputed once more: they would be kept while the MLP's gradient is taken.
+    attend_plainly = jax.checkpoint(attention) if remat else attention
+    # Forward and backward are two loops: there is nothing for CSE to undo the recomputing with.
+    step = jax.checkpoint(layer_step, prevent_cse=False) if remat else layer_step
     is_global_L = jnp.asarray(cfg.global_layers, jnp.int32)
     x_BTD = embed(params, cfg, tokens_BT)
     x_BTD, kv = jax.lax.scan(step, x_BTD, (params["layers"], adapters, is_global_L))
     return rms_norm(x_BTD, params["final_norm"], cfg.norm_eps), kv
+
+
+def group_states(
+    params: Params,
+    cfg: ModelConfig,
+    tokens_BT: jax.Array,
+    start_B: jax.Array,
+    lora,
+    remat: bool,
+    *,
+    width: int,
+    group: int,
+) -> jax.Array:
+    """Return `hidden_states`[:, width - 1 :] of rows that share their prompt, each prompt run once.
+
+    Rows p * group + g for g < group are one prompt's: equal in the columns before `width`. Saves
+    (group - 1) / group of the prompts' work; value and gradient are the same.
+    """
+    T = tokens_BT.shape[1]
+    angle_2BTh = rope_angles(cfg, positions(start_B, T))
+    mask_2BTS = causal_mask(start_B, T, cfg.window)
+    adapters, scale = lora_parts(lora, params["embed"].dtype)
+
+    def layer_step(carry, xs):
+        x_PSD, x_BTD = carry
+        layer, adapter, is_global = xs
+        angle_BTh, mask_BTS = angle_2BTh[is_global], mask_2BTS[is_global]
+
+        def within_prompt(q_PSNH, k_PSKH, v_PSKH):
+            mask_PTS = mask_BTS[::group, :width, :width]
+            return attend_plainly(q_PSNH, k_PSKH, v_PSKH, mask_PTS), (k_PSKH, v_PSKH)
+
+        angle_PSh = angle_BTh[::group, :width]
+        x_PSD, kv = block(cfg, x_PSD, layer, adapter, scale, angle_PSh, within_prompt)
+        prompt_kv = [jnp.repeat(x_PSKH, group, axis=0) for x_PSKH in kv]
+
+        def over_both(q_BTNH, *own_kv):
+            both = (jnp.concatenate(pair, axis=1) for pair in zip(prompt_kv, own_kv, strict=True))
+            return attend_plainly(q_BTNH, *both, mask_BTS[:, width:]), None
+
+        x_BTD, _ = block(cfg, x_BTD, layer, adapter, scale, angle_BTh[:, width:], over_both)
+        return (x_PSD, x_BTD), None
+
+    attend_plainly = jax.checkpoint(attention) if remat else attention
+    step = jax.checkpoint(layer_step, prevent_cse=False) if remat else layer_step
+    is_global_L = jnp.asarray(cfg.global_layers, jnp.int32)
+    parts = embed(params, cfg, tokens_BT[::group, :width]), embed(params, cfg, tokens_BT[:, width:])
+    (x_PSD, x_BTD), _ = jax.lax.scan(step, parts, (params["layers"], adapters, is_global_L))
+    x_BTD = jnp.concatenate([jnp.repeat(x_PSD[:, -1:], group, axis=0), x_BTD], axis=1)
+    return rms_norm(x_BTD, params["final_norm"], cfg.norm_eps)
 
 
 def unembed(params: Params, x_BTD: jax.Array) -> jax.Array:

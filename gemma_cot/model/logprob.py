@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 from gemma_cot.axes import round_up
 from gemma_cot.config import ModelConfig
-from gemma_cot.model.gemma import hidden_states, unembed
+from gemma_cot.model.gemma import group_states, hidden_states, unembed
 from gemma_cot.model.kernels.logprob import chosen_logprob
 from gemma_cot.model.params import Params
 
-LOGITS_BYTES = 256 * 2**20  # what a device's float32 logits may take at one time
+LOGITS_BYTES = 192 * 2**20  # what a device's float32 logits may take at one time
 
 
 def chunk_of(cfg: ModelConfig, rows: int) -> int:
@@ -72,6 +72,7 @@ def logprobs_and_entropy(
     temperature: float = 1.0,
     *,
     first_column: int = 1,
+    group: int = 1,
     remat: bool = False,
     chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -79,10 +80,17 @@ def logprobs_and_entropy(
 
     first_column: the prompt's width, when only completion tokens matter: the unembedding, two
     thirds of Gemma 3 1B's smallest batches, then runs at completion positions only.
+    group: so many rows in a row have the same prompt, of first_column columns, which is run once.
     chunk: positions of each row per unembedding; None: `chunk_of` these rows.
     """
-    x_BTD, _ = hidden_states(params, cfg, tokens_BT, start_B, lora, remat)
-    x_BTD, target_BT = x_BTD[:, first_column - 1 : -1], tokens_BT[:, first_column:]
+    if group > 1:
+        x_BTD = group_states(
+            params, cfg, tokens_BT, start_B, lora, remat, width=first_column, group=group
+        )
+    else:
+        x_BTD, _ = hidden_states(params, cfg, tokens_BT, start_B, lora, remat)
+        x_BTD = x_BTD[:, first_column - 1 :]
+    x_BTD, target_BT = x_BTD[:, :-1], tokens_BT[:, first_column:]
     if cfg.logprob == "pallas":
         both = by_kernel(params, x_BTD, target_BT, temperature)
     else:

@@ -1,8 +1,11 @@
-"""Sampling: prefill each prompt once, fan its cache out to G completions, decode in one while-loop.
+"""Sampling: prefill each prompt once, share its cache among G completions, decode in a while-loop.
 
 Every draw is a function of (key, prompt, completion index, position) and of nothing else: not of
-the batch's layout, its size, or the number of devices. Stop tokens are looked at here and become
-`completion_mask_BT`; nobody after this compares token values again.
+the batch's layout, its size, or the number of devices. Each device runs a loop of its own on its
+own rows, so devices never wait for each other. With fewer slots than rows, a slot whose row has
+ended takes the next row of the queue inside the compiled loop (continuous batching, Yu et al. 2022,
+"Orca"). Stop tokens are looked at here and become `completion_mask_BT`; nobody after this compares
+token values again.
 """
 
 from functools import partial
@@ -12,9 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_cot.axes import per_device
 from gemma_cot.config import ModelConfig
-from gemma_cot.model.cache import decode_step, prefill
+from gemma_cot.model.cache import Cache, decode_step, new_cache, prefill
 from gemma_cot.model.params import Params
+
+REFILL_SHARE = 8  # rows that wait are let in when at least 1/8 of the slots are idle
 
 
 @flax.struct.dataclass
@@ -26,6 +32,34 @@ class Samples:
     logp_BT: jax.Array  # float32; log-prob at the sampling temperature, 0 outside the mask
     start_B: jax.Array  # int32; first real column
     stopped_B: jax.Array  # bool; False = truncated by max_new_tokens
+    useful_B: jax.Array  # float32; share of its device's decoding that went into unfinished rows
+
+
+@flax.struct.dataclass
+class Queue:
+    """The N rows a device is to sample, row p * G + g being completion g of prompt p."""
+
+    key_N: jax.Array  # of each row's draws
+    logits_PV: jax.Array  # of each prompt's next token
+    kv_LPSKH: tuple[jax.Array, jax.Array]  # keys and values of each prompt
+    start_P: jax.Array  # first real column of each prompt
+
+
+@flax.struct.dataclass
+class Loop:
+    """The state of a device's loop: B slots, and N rows of output."""
+
+    clock: jax.Array  # decode steps done, int32
+    next_row: jax.Array  # rows that have begun, int32
+    row_B: jax.Array  # the row that each slot works on, int32
+    began_B: jax.Array  # clock at which it began, int32
+    done_B: jax.Array  # bool; the slot is idle: its row has ended, or none has begun
+    token_B: jax.Array  # the last token drawn, int32
+    cache: Cache
+    tokens_NT: jax.Array  # int32; completion tokens of every row, then zeros
+    logp_NT: jax.Array  # float32
+    length_N: jax.Array  # int32; completion tokens, the stop token included
+    stopped_N: jax.Array  # bool
 
 
 def prompt_hash(tokens_PT: jax.Array, start_P: jax.Array) -> jax.Array:
@@ -67,27 +101,134 @@ def row_keys(key: jax.Array, prompt_P: jax.Array, num_completions: int) -> jax.A
     return jax.vmap(group, (0, None))(key_P, jnp.arange(num_completions)).reshape(-1)
 
 
-def record_token(step, logits_BV, done_B, out, *, key_B, temperature: float, stop_ids: tuple):
-    """Draw token `step` of every row and write it into `out` = (tokens, logp, mask).
+def record(loop: Loop, drawn: tuple, live_B: jax.Array, stop_ids: tuple[int, ...]) -> Loop:
+    """Write the token `drawn` = (token_B, logp_B) of every live slot into the slot's row."""
+    N, T = loop.tokens_NT.shape
+    token_B, logp_B = drawn
+    number_B = loop.clock - loop.began_B
+    row_B = jnp.where(live_B, loop.row_B, N)  # beyond the last row: dropped
+    stopped_B = (token_B[:, None] == jnp.asarray(stop_ids, jnp.int32)[None, :]).any(-1)
+    return loop.replace(
+        token_B=jnp.where(live_B, token_B, loop.token_B),
+        done_B=jnp.where(live_B, stopped_B | (number_B + 1 == T), loop.done_B),
+        tokens_NT=loop.tokens_NT.at[row_B, number_B].set(token_B, mode="drop"),
+        logp_NT=loop.logp_NT.at[row_B, number_B].set(logp_B, mode="drop"),
+        length_N=loop.length_N.at[row_B].set(number_B + 1, mode="drop"),
+        stopped_N=loop.stopped_N.at[row_B].set(stopped_B, mode="drop"),
+    )
 
-    Rows that are done emit 0. Returns (token_B, done_B, out); a row is done after its stop token.
-    """
-    tokens, logp, mask = out
-    key_now_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, step)
-    token_B, logp_B = draw(logits_BV, key_now_B, temperature)
-    token_B = jnp.where(done_B, 0, token_B)
-    tokens = tokens.at[:, step].set(token_B)
-    logp = logp.at[:, step].set(jnp.where(done_B, 0.0, logp_B))
-    mask = mask.at[:, step].set(~done_B)
-    stop_S = jnp.asarray(stop_ids, jnp.int32)
-    done_B = done_B | (token_B[:, None] == stop_S[None, :]).any(-1)
-    return token_B, done_B, (tokens, logp, mask)
+
+def draw_next(queue: Queue, loop: Loop, logits_BV: jax.Array, temperature: float) -> tuple:
+    """Draw the next token of every slot with the key of its row and of its place in the row."""
+    number_B = loop.clock - loop.began_B
+    key_B = jax.vmap(jax.random.fold_in)(queue.key_N[loop.row_B], number_B)
+    return draw(logits_BV, key_B, temperature)
+
+
+def begin(queue: Queue, loop: Loop, temperature: float, stop_ids: tuple[int, ...]) -> Loop:
+    """Give every idle slot the next row of the queue, and draw that row's first token."""
+    N, P = len(queue.key_N), len(queue.start_P)
+    row_B = loop.next_row + jnp.cumsum(loop.done_B, dtype=jnp.int32) - 1
+    new_B = loop.done_B & (row_B < N)
+    row_B = jnp.where(new_B, row_B, loop.row_B)
+    prompt_B = row_B // (N // P)
+    loop = loop.replace(
+        next_row=loop.next_row + new_B.sum(dtype=jnp.int32),
+        row_B=row_B,
+        began_B=jnp.where(new_B, loop.clock, loop.began_B),
+    )
+    if len(row_B) < N:  # each slot has its prompt's cache to itself
+        k_LBSKH, v_LBSKH = (kv_LPSKH[:, prompt_B] for kv_LPSKH in queue.kv_LPSKH)
+        cache = loop.cache.replace(
+            prompt_k_LPSKH=k_LBSKH,
+            prompt_v_LPSKH=v_LBSKH,
+            start_P=queue.start_P[prompt_B],
+            began_P=loop.began_B,
+        )
+        loop = loop.replace(cache=cache)
+    drawn = draw_next(queue, loop, queue.logits_PV[prompt_B], temperature)
+    return record(loop, drawn, new_B, stop_ids)
+
+
+def idle_loop(queue: Queue, B: int, T: int) -> Loop:
+    """Return the loop before its first row: B idle slots, rows of at most T tokens."""
+    N = len(queue.key_N)
+    kv, start = queue.kv_LPSKH, queue.start_P
+    if B < N:
+        kv = tuple(jnp.zeros((x.shape[0], B, *x.shape[2:]), x.dtype) for x in kv)
+        start = jnp.zeros((B,), jnp.int32)
+    zero, zeros_B = jnp.int32(0), jnp.zeros((B,), jnp.int32)
+    return Loop(
+        clock=zero,
+        next_row=zero,
+        row_B=zeros_B,
+        began_B=zeros_B,
+        done_B=jnp.ones((B,), bool),
+        token_B=zeros_B,
+        cache=new_cache(kv, start, B, T),
+        tokens_NT=jnp.zeros((N, T), jnp.int32),
+        logp_NT=jnp.zeros((N, T), jnp.float32),
+        length_N=jnp.zeros((N,), jnp.int32),
+        stopped_N=jnp.zeros((N,), bool),
+    )
+
+
+def sample_rows(
+    params: Params,
+    lora,
+    key: jax.Array,
+    tokens_PT: jax.Array,
+    start_P: jax.Array,
+    prompt_id_P: jax.Array,
+    *,
+    cfg: ModelConfig,
+    num_completions: int,
+    max_new_tokens: int,
+    temperature: float,
+    stop_ids: tuple[int, ...],
+    slots: int | None,
+) -> tuple:
+    """Sample the rows of one device, `slots` at a time (None: all). Returns (tokens_NT, logp_NT,
+    length_N, stopped_N, useful_N), T = max_new_tokens."""
+    key_N = row_keys(key, prompt_id_P, num_completions)
+    N = len(key_N)
+    B = min(slots or N, N)
+    queue = Queue(key_N, *prefill(params, cfg, tokens_PT, start_P, lora), start_P)
+
+    def decode(loop: Loop) -> Loop:
+        logits_BV, cache = decode_step(params, cfg, loop.token_B, loop.clock, loop.cache, lora)
+        loop = loop.replace(clock=loop.clock + 1, cache=cache)
+        drawn = draw_next(queue, loop, logits_BV, temperature)
+        return record(loop, drawn, ~loop.done_B, stop_ids)
+
+    def goes_on(loop: Loop) -> jax.Array:
+        idle = loop.done_B.sum()
+        let_in = (loop.next_row < N) & (idle >= max(1, B // REFILL_SHARE))
+        return (idle < B) & ~let_in
+
+    def fill_and_decode(loop: Loop) -> Loop:
+        return jax.lax.while_loop(goes_on, decode, begin(queue, loop, temperature, stop_ids))
+
+    def unfinished(loop: Loop) -> jax.Array:
+        return (loop.next_row < N) | ~loop.done_B.all()
+
+    loop = idle_loop(queue, B, max_new_tokens)
+    if B == N:
+        loop = fill_and_decode(loop)
+    else:
+        loop = jax.lax.while_loop(unfinished, fill_and_decode, loop)
+    decoded = (loop.length_N - 1).sum().astype(jnp.float32)
+    useful = decoded / jnp.maximum(loop.clock * B, 1).astype(jnp.float32)
+    outputs = (loop.tokens_NT, loop.logp_NT, loop.length_N, loop.stopped_N)
+    return *outputs, jnp.broadcast_to(useful, (N,))
 
 
 @partial(
     jax.jit,
-    static_argnames=("cfg", "num_completions", "max_new_tokens", "temperature", "stop_ids"),
-)
+    static_argnames=(
+        "cfg", "num_completions", "max_new_tokens", "temperature", "stop_ids", "slots"
+    ),
+)  # fmt: skip
 def sample(
     params: Params,
     cfg: ModelConfig,
@@ -101,48 +242,32 @@ def sample(
     stop_ids: tuple[int, ...],
     lora=None,
     prompt_id_P: jax.Array | None = None,
+    slots: int | None = None,
 ) -> Samples:
     """Sample `num_completions` completions of every left-padded prompt, stopping at any stop id.
 
     prompt_id_P: the number each prompt's draws are keyed by; by default a hash of its tokens (so
     that equal prompts in one batch get equal completions).
+    slots: completions that a device decodes at a time; None: all of its rows. The samples are the
+    same.
     """
     P, width = tokens_PT.shape
-    B = P * num_completions
     prompt_id_P = prompt_hash(tokens_PT, start_P) if prompt_id_P is None else prompt_id_P
-    key_B = row_keys(key, prompt_id_P, num_completions)
-    logits_PV, cache = prefill(
-        params, cfg, tokens_PT, start_P, lora, num_completions, max_new_tokens
+    run = partial(
+        sample_rows, cfg=cfg, num_completions=num_completions, max_new_tokens=max_new_tokens,
+        temperature=temperature, stop_ids=stop_ids, slots=slots,
+    )  # fmt: skip
+    tokens_BT, logp_BT, length_B, stopped_B, useful_B = per_device(run, ",,,PT,P,P->BT,BT,B,B,B")(
+        params, lora, key, tokens_PT, start_P.astype(jnp.int32), prompt_id_P
     )
-
-    record = partial(record_token, key_B=key_B, temperature=temperature, stop_ids=stop_ids)
-
-    def unfinished(carry):
-        step, _, done_B, _, _ = carry
-        return (step < max_new_tokens) & ~done_B.all()
-
-    def body(carry):
-        step, token_B, done_B, cache, out = carry
-        logits_BV, cache = decode_step(params, cfg, token_B, step - 1, cache, lora)
-        token_B, done_B, out = record(step, logits_BV, done_B, out)
-        return step + 1, token_B, done_B, cache, out
-
-    out = (
-        jnp.zeros((B, max_new_tokens), jnp.int32),
-        jnp.zeros((B, max_new_tokens), jnp.float32),
-        jnp.zeros((B, max_new_tokens), bool),
-    )
-    first_logits_BV = jnp.repeat(logits_PV, num_completions, axis=0)
-    token_B, done_B, out = record(0, first_logits_BV, jnp.zeros((B,), bool), out)
-    carry = (jnp.int32(1), token_B, done_B, cache, out)
-    _, _, done_B, _, (tokens, logp, mask) = jax.lax.while_loop(unfinished, body, carry)
-
-    prompt_BT = jnp.repeat(tokens_PT.astype(jnp.int32), num_completions, axis=0)
+    mask_BT = jnp.arange(max_new_tokens)[None, :] < length_B[:, None]
     before = ((0, 0), (width, 0))
+    prompt_BT = jnp.repeat(tokens_PT.astype(jnp.int32), num_completions, axis=0)
     return Samples(
-        tokens_BT=jnp.concatenate([prompt_BT, tokens], axis=1),
-        completion_mask_BT=jnp.pad(mask, before),
-        logp_BT=jnp.pad(logp, before),
+        tokens_BT=jnp.concatenate([prompt_BT, tokens_BT], axis=1),
+        completion_mask_BT=jnp.pad(mask_BT, before),
+        logp_BT=jnp.pad(logp_BT, before),
         start_B=jnp.repeat(start_P, num_completions).astype(jnp.int32),
-        stopped_B=done_B,
+        stopped_B=stopped_B,
+        useful_B=useful_B,
     )

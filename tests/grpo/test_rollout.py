@@ -1,5 +1,6 @@
 """What a rollout reads and scores: texts, dataset columns, weighted rewards, and its metrics."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -16,6 +17,7 @@ from gemma_cot.grpo.rollout import (
     rollout_metrics,
     score_samples,
 )
+from gemma_cot.guard.user import checked
 from gemma_cot.model.sample import Samples
 from gemma_cot.tokenizer import EOS, encode, load_tokenizer
 
@@ -52,6 +54,7 @@ def samples(tokenizer) -> Samples:
         logp_BT=np.where(mask_BT, np.float32(-0.5), np.float32(0)),
         start_B=np.array([0, 1, 2, 0], np.int32),
         stopped_B=np.array([True, False, True, True]),
+        useful_B=np.full(4, 0.75, np.float32),
     )
 
 
@@ -131,7 +134,7 @@ def make_rollout(reward_PG, valid_PG, scores) -> Rollout:
     stopped_B = np.arange(B) % 2 == 0
     return Rollout(
         zeros_BT, mask_BT, zeros_BT.astype(np.float32), np.zeros(B, np.int32), stopped_B,
-        [""] * B, scores, reward_PG, valid_PG,
+        np.full(B, 0.6, np.float32), [""] * B, scores, reward_PG, valid_PG,
     )  # fmt: skip
 
 
@@ -148,9 +151,13 @@ def test_metrics_of_a_rollout():
             "reward_std": math.sqrt(2) / 2,
             "signal_share": 0.5,
             "completion_tokens": 2.5,
+            "decode_useful": 0.6,
             "truncated_rate": 0.5,
+            "repetition": 0.0,  # four tokens hold no run of eight
             "reward_format": 0.75,
             "reward_process": 0.75,
+            "none_process": 0.5,
+            "none_own": 1.0,
         }
     )
 
@@ -192,9 +199,29 @@ def test_score_samples_reads_and_scores(tokenizer, samples):
     assert rollout.start_B.tolist() == [0, 1, 2, 0]
 
 
+def test_rewards_get_the_sampled_ids_with_their_stop_token(tokenizer, samples):
+    seen = {}
+
+    def spy(prompts, completions, **columns):
+        seen.update(columns)
+        return [len(ids) for ids in columns["completion_ids"]]
+
+    rollout = score_samples(samples, [encoded(1, "a")] * 2, tokenizer, [("spy", spy, 1.0)], group=2)
+    ends = ([tokenizer.end_of_turn], [], [EOS], [tokenizer.end_of_turn])
+    ids = [encode(tokenizer, text) + end for text, end in zip(TEXTS, ends, strict=True)]
+    assert seen["completion_ids"] == ids
+    assert rollout.reward_PG.ravel().tolist() == [len(row) for row in ids]
+    again = dataclasses.replace(rollout, tokens_BT=np.zeros_like(rollout.tokens_BT))
+    lengths = [max(len(row) - 7, 0) for row in ids]
+    shares = [1 - 1 / n if n else 0.0 for n in lengths]  # one token over and over: one distinct run
+    assert rollout_metrics(again)["repetition"] == pytest.approx(np.mean(shares))
+    assert 0 < np.mean(shares) < 1
+
+
 def test_a_failing_reward_stops_the_rollout(tokenizer, samples):
     def fails(prompts, completions, **columns):
         raise KeyError("level")
 
     with pytest.raises(RewardError, match="reward function fails .* KeyError"):
-        score_samples(samples, [encoded(1, "a")] * 2, tokenizer, [("fails", fails, 1.0)], group=2)
+        score_samples(samples, [encoded(1, "a")] * 2, tokenizer,
+                      [("fails", checked("fails", fails), 1.0)], group=2)  # fmt: skip

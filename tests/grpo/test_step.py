@@ -18,9 +18,17 @@ from gemma_cot import axes
 from gemma_cot.config import TrainConfig
 from gemma_cot.grpo.loss import grpo_loss
 from gemma_cot.grpo.rollout import Rollout
-from gemma_cot.grpo.step import add_logprobs, make_grpo_step, make_logprobs, mini_batches
+from gemma_cot.grpo.step import (
+    add_advantages,
+    add_logprobs,
+    make_grpo_step,
+    make_logprobs,
+    mini_batches,
+    shared_rows,
+)
 from gemma_cot.lora import init_lora
 from gemma_cot.model.logprob import token_logprobs
+from gemma_cot.model.sample import Samples
 from gemma_cot.optim import init_state, make_optimizer
 
 WIDTH, LONGEST = 6, 5
@@ -65,6 +73,7 @@ def rollout(shallow, weights, policy) -> Rollout:
     mask_BT = (column_T >= WIDTH) & (column_T < WIDTH + n_B1)
     real_BT = (column_T >= np.array(START_B)[:, None]) & (column_T < WIDTH + n_B1)
     tokens_BT = np.where(real_BT, rng.integers(3, 50, (B, T)), 0).astype(np.int32)
+    tokens_BT[:, :WIDTH] = np.repeat(tokens_BT[::G, :WIDTH], G, axis=0)  # a group has one prompt
     start_B = np.array(START_B, np.int32)
     logp_BT = logprobs_of(weights, shallow, tokens_BT, start_B, policy, CFG.temperature)
     return Rollout(
@@ -73,11 +82,22 @@ def rollout(shallow, weights, policy) -> Rollout:
         logp_BT=np.where(mask_BT, logp_BT, np.float32(0)),
         start_B=start_B,
         stopped_B=np.array(N_B) < LONGEST,
+        useful_B=np.full(4, 0.75, np.float32),
         completions=[""] * B,
         scores={},
         reward_PG=np.array(REWARD_PG, np.float32),
         valid_PG=np.ones((P, G), bool),
     )
+
+
+def scored_batches(rollout: Rollout, cfg: TrainConfig, mesh) -> list[dict]:
+    """Return the mini-batches of a rollout with their advantages."""
+    samples = Samples(
+        rollout.tokens_BT, rollout.mask_BT, rollout.logp_BT, rollout.start_B, rollout.stopped_B,
+        rollout.useful_B,
+    )  # fmt: skip
+    batches = mini_batches(samples, cfg, mesh)
+    return add_advantages(batches, rollout.reward_PG, rollout.valid_PG, cfg, mesh)
 
 
 @functools.cache
@@ -103,7 +123,7 @@ def updates(model_cfg, params, rollout, policy, reference, devices=1, **changes)
     """Return (adapter after every update of the rollout, metrics of every update)."""
     cfg = dataclasses.replace(CFG, **changes)
     mesh, step, logprobs = compiled(model_cfg, cfg, devices)
-    batches = mini_batches(rollout, cfg, mesh)
+    batches = scored_batches(rollout, cfg, mesh)
     batches = add_logprobs(logprobs, params, batches, policy, reference, cfg.beta)
     assert all({"logp_old_BT", "logp_ref_BT"} < set(batch) for batch in batches)
     state, adapters, metrics = init_state(SGD, copy(policy)), [], []
@@ -122,7 +142,7 @@ def one_by_one(shallow, weights, rollout, policy, reference):
 
 def test_mini_batches_are_a_picture_of_the_rollout(rollout):
     mesh = axes.make_mesh(devices=jax.devices()[:1])
-    first, second = mini_batches(rollout, CFG, mesh)
+    first, second = scored_batches(rollout, CFG, mesh)
     # 2 prompts x 2 completions a mini-batch, cut into 4 micro-batches of 1 row
     assert first["tokens_BT"].shape == (4, 1, WIDTH + LONGEST)
     np.testing.assert_array_equal(second["tokens_BT"][:, 0], rollout.tokens_BT[4:])
@@ -167,11 +187,23 @@ def test_the_update_is_the_gradient_of_the_loss_written_out(
     assert metrics[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
-@pytest.mark.parametrize(("micro_batch", "devices"), [(2, 1), (4, 1), (1, 4)])
+def test_a_prompt_is_shared_where_a_micro_batch_holds_whole_groups(shallow):
+    shared = [
+        shared_rows(shallow, dataclasses.replace(CFG, micro_batch=m, num_generations=4))
+        for m in (1, 2, 4, 6, 8)
+    ]
+    assert shared == [1, 1, 4, 1, 4]
+    with_kernels = dataclasses.replace(shallow, attention="pallas")
+    assert shared_rows(with_kernels, dataclasses.replace(CFG, micro_batch=2)) == 1
+
+
+@pytest.mark.parametrize(("micro_batch", "devices"), [(2, 1), (4, 1), (1, 4), (2, 2)])
 def test_cutting_the_batch_or_adding_devices_changes_nothing(
     shallow, weights, rollout, policy, reference, one_by_one, micro_batch, devices
 ):
-    """Both updates, the second with pi_old from before the first, on rows of uneven length."""
+    """Both updates, the second with pi_old from before the first, on rows of uneven length.
+
+    With micro-batches of 2 and 4 rows each prompt is run once for its group of 2."""
     adapters, metrics = updates(
         shallow, weights, rollout, policy, reference, devices, micro_batch=micro_batch
     )
@@ -193,7 +225,7 @@ def test_every_adapter_leaf_moves_and_the_base_does_not(
     assert all(jax.tree.leaves(moved)) and len(jax.tree.leaves(moved)) == 14
     mesh, step, logprobs = compiled(shallow, CFG, 1)
     state = init_state(SGD, copy(policy))
-    batches = mini_batches(rollout, CFG, mesh)
+    batches = scored_batches(rollout, CFG, mesh)
     batches = add_logprobs(logprobs, weights, batches, policy, reference, CFG.beta)
     new, _ = step(state, weights, batches[0])
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))  # donated
@@ -216,7 +248,7 @@ def test_pi_old_is_the_policy_before_the_first_update(
     shallow, weights, rollout, policy, one_by_one
 ):
     mesh, _, logprobs = compiled(shallow, CFG, 1)
-    batches = mini_batches(rollout, CFG, mesh)
+    batches = scored_batches(rollout, CFG, mesh)
     batches = add_logprobs(logprobs, weights, batches, policy, None, beta=0.0)
     old_BT = np.concatenate([np.asarray(batch["logp_old_BT"])[:, 0] for batch in batches])
     mask_BT = rollout.mask_BT
@@ -232,7 +264,7 @@ def test_pi_old_is_the_policy_before_the_first_update(
 
 def test_the_reference_is_an_adapter_or_the_base(shallow, weights, rollout, policy, reference):
     mesh, _, logprobs = compiled(shallow, CFG, 1)
-    batches = mini_batches(rollout, CFG, mesh)
+    batches = scored_batches(rollout, CFG, mesh)
     layers = {name: ab | {"b": jnp.zeros_like(ab["b"])} for name, ab in policy.layers.items()}
     nothing = policy.replace(layers=layers)  # b = 0: the base model
     for adapter, twin in ((reference, reference), (None, nothing)):
@@ -257,7 +289,7 @@ ADAM = make_optimizer(ALONE, optax.constant_schedule(ALONE.learning_rate))
 
 def test_without_beta_and_with_one_update_no_logprobs_are_computed(rollout, policy):
     mesh = axes.make_mesh(devices=jax.devices()[:1])
-    batches = mini_batches(rollout, ALONE, mesh)
+    batches = scored_batches(rollout, ALONE, mesh)
     assert len(batches) == 1
     # No function and no parameters to compute them with: nothing may be called.
     same = add_logprobs(None, None, batches, policy, None, ALONE.beta)
@@ -269,7 +301,7 @@ def test_without_beta_and_with_one_update_no_logprobs_are_computed(rollout, poli
 def test_updates_make_rewarded_completions_likelier(shallow, weights, rollout, policy):
     """Policy gradient works: ten updates raise what was rewarded and lower its alternative."""
     mesh, step, _ = compiled(shallow, ALONE, 1, ADAM)
-    (batch,) = mini_batches(rollout, ALONE, mesh)
+    (batch,) = scored_batches(rollout, ALONE, mesh)
     state = init_state(ADAM, copy(policy))
 
     def logp_PG(lora):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_cot.model.cache import Cache, decode_masks, decode_step, prefill
+from gemma_cot.model.cache import Cache, decode_masks, decode_step, new_cache, prefill
 from gemma_cot.model.gemma import logits
 from gemma_cot.model.layers import causal_mask
 
@@ -27,16 +27,17 @@ def tokens_BT(cfg):
     return np.concatenate([np.repeat(prompt_PT, G, 0), completion_BT], 1).astype(np.int32)
 
 
-def by_cache(params, cfg, tokens_BT, lora=None) -> np.ndarray:
+def by_cache(params, cfg, tokens_BT, lora=None, began: int = 0) -> np.ndarray:
     """Return the logits at prompt's end and after each completion token, [B, TAIL + 1, V]."""
-    first = jax.jit(prefill, static_argnames=("cfg", "num_completions", "max_new_tokens"))
+    first = jax.jit(prefill, static_argnames="cfg")
     step = jax.jit(decode_step, static_argnames="cfg")
-    logits_PV, cache = first(
-        params, cfg, tokens_BT[::G, :WIDTH], START_P, lora, num_completions=G, max_new_tokens=TAIL
-    )
+    logits_PV, kv = first(params, cfg, tokens_BT[::G, :WIDTH], START_P, lora)
+    cache = new_cache(kv, START_P, len(tokens_BT), TAIL)
+    cache = cache.replace(began_P=np.full(3, began, np.int32))
     out = [np.repeat(logits_PV, G, axis=0)]
     for i in range(TAIL):
-        logits_BV, cache = step(params, cfg, tokens_BT[:, WIDTH + i], np.int32(i), cache, lora)
+        clock = np.int32(began + i)
+        logits_BV, cache = step(params, cfg, tokens_BT[:, WIDTH + i], clock, cache, lora)
         out.append(np.asarray(logits_BV))
     return np.stack(out, axis=1)
 
@@ -52,20 +53,35 @@ def test_cached_equals_full_forward_at_every_position(cfg, params, lora, tokens_
     np.testing.assert_allclose(got, full[:, WIDTH - 1 :], **SAME)
 
 
-def masks(width: int, starts, tail: int, step: int, window: int) -> list:
-    """Return the four masks of `decode_masks` as strings: local, global of prompt 0, tail both."""
+def test_a_ring_begun_at_a_later_clock_gives_the_same(cfg, params, tokens_BT):
+    """Begun at clock 4, the 9 tokens lie in columns 4 to 8 and 0 to 3."""
+    late = by_cache(params, cfg, tokens_BT, began=4)
+    np.testing.assert_allclose(late, by_cache(params, cfg, tokens_BT), **SAME)
+
+
+def masks(width: int, starts, tail: int, clock: int, window: int, began=0) -> list:
+    """Return the masks of `decode_masks` of each prompt as strings: [global, local]."""
     none = jnp.zeros((1, len(starts), width, 1, 1)), jnp.zeros((1, len(starts), tail, 1, 1))
-    cache = Cache(none[0], none[0], none[1], none[1], jnp.asarray(starts, jnp.int32))
-    prompt_2PS, tail_2S = decode_masks(cache, jnp.int32(step), window)
+    starts = jnp.asarray(starts, jnp.int32)
+    cache = Cache(none[0], none[0], none[1], none[1], starts, jnp.full_like(starts, began))
+    parts_2PS = [np.asarray(part) for part in decode_masks(cache, jnp.int32(clock), window)]
+    mask_2PS = np.concatenate(parts_2PS, axis=2)
     return [
-        ["".join(".1"[int(c)] for c in [*prompt_2PS[kind, p], *tail_2S[kind]]) for kind in (1, 0)]
+        ["".join(".1"[int(c)] for c in mask_2PS[kind, p]) for kind in (1, 0)]
         for p in range(len(starts))
     ]
 
 
 def test_decode_masks_of_the_docstring():
-    """4 prompt columns, start 1, tail of 3; the query is tail token 1; window 3. Global, local."""
+    """4 prompt columns, start 1, tail of 3; the query is tail token 1; window 3. Global, local.
+    Then token 2 of a completion that began at clock 4: the ring has gone round."""
     assert masks(4, [1], 3, 1, 3) == [[".111" + "11.", "...1" + "11."]]
+    assert masks(4, [1], 3, 6, 3, began=4) == [[".111" + "111", "...." + "111"]]
+
+
+def test_decode_masks_do_not_show_what_an_earlier_row_left():
+    """Begun at clock 5 in a ring of 4, clock 6: tokens 0 and 1 in columns 1 and 2."""
+    assert masks(2, [0], 4, 6, 9, began=5) == [["11" + ".11.", "11" + ".11."]]
 
 
 def test_decode_masks_at_the_first_tail_token():

@@ -131,3 +131,33 @@ def test_sure_model_has_zero_entropy():
     logp_C, entropy_C = score({"embed": table_VD}, x_CD, np.array([7, 8]), 1.0)
     np.testing.assert_array_equal(logp_C, [0.0, -1000.0])
     np.testing.assert_array_equal(entropy_C, [0.0, 0.0])
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_prompt_run_once_for_its_group_changes_neither_value_nor_gradient(
+    cfg, params, lora, remat
+):
+    """2 prompts of 6 columns (one left-padded by 4) with 3 completions each, twice the window."""
+    rng = np.random.default_rng(4)
+    prompt_BT = np.repeat(rng.integers(0, cfg.vocab_size, (2, 6)), 3, axis=0)
+    tokens_BT = np.concatenate([prompt_BT, rng.integers(0, cfg.vocab_size, (6, 9))], axis=1)
+    start_B = np.repeat(START_B, 3)
+    weight_BT = rng.normal(size=(6, 15)).astype(np.float32)
+
+    def value_and_gradient(group):
+        def loss(lora):
+            logp_BT, entropy_BT = logprobs_and_entropy(
+                params, cfg, tokens_BT.astype(np.int32), start_B, lora, 0.8,
+                first_column=6, group=group, remat=remat,
+            )  # fmt: skip
+            return (weight_BT * (logp_BT + 0.3 * entropy_BT)).sum(), (logp_BT, entropy_BT)
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(lora)
+
+    (_, alone), gradient = value_and_gradient(1)
+    (_, shared), shared_gradient = value_and_gradient(3)
+    for ours, want in zip(shared, alone, strict=True):
+        np.testing.assert_allclose(ours, want, atol=2e-5)
+    leaves = zip(*map(jax.tree.leaves, (shared_gradient, gradient)), strict=True)
+    for ours, want in leaves:  # float32 sums in another order
+        np.testing.assert_allclose(ours, want, atol=2e-5 * float(np.abs(want).max()))

@@ -106,7 +106,7 @@ def test_shapes_carry_dtype_and_shardings_of_the_mesh(cfg):
     shardings = param_shardings(mesh)
     assert jax.tree.map(lambda leaf: leaf.sharding, shapes) == shardings
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {np.dtype("bfloat16")}
-    # query heads and MLP width are split over `model`, the rest is replicated
+    # query heads, MLP width and vocabulary are split over `model`, the rest is replicated
     split = jax.tree.map(lambda leaf: leaf.sharding.shard_shape(leaf.shape), shapes)
     layers = SHAPES["layers"] | {
         "q": (3, 20, 3, 8),
@@ -115,7 +115,7 @@ def test_shapes_carry_dtype_and_shardings_of_the_mesh(cfg):
         "up": (3, 20, 14),
         "down": (3, 14, 20),
     }
-    assert split == SHAPES | {"layers": layers}
+    assert split == SHAPES | {"embed": (25, 20), "layers": layers}
 
 
 def test_shapes_of_the_1b_model_need_no_memory():

@@ -5,6 +5,7 @@ The chi-square tests have a fixed seed, so they pass or fail for good; a correct
 one of them for one seed in a million.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -277,3 +278,53 @@ def test_draw_never_leaves_the_support():
     keys = jax.random.split(jax.random.key(2), 512)
     token_B, logp_B = draw_once(np.broadcast_to(logit_V, (512, 4096)), keys, 1.0)
     assert np.asarray(token_B).max() < 2048 and np.isfinite(logp_B).all()
+
+
+# -- slots: rows wait in a queue
+
+
+@pytest.mark.parametrize("slots", [1, 3, 5, 11])
+def test_slots_change_no_sample(cfg, params, tokens_PT, lora, drawn, slots):
+    """12 rows in fewer slots: rows begin at other clocks, in other slots; tokens stay the same."""
+    got = run(params, cfg, tokens_PT, START_P, slots=slots)
+    np.testing.assert_array_equal(got.tokens_BT, drawn.tokens_BT)
+    np.testing.assert_array_equal(got.completion_mask_BT, drawn.completion_mask_BT)
+    np.testing.assert_array_equal(got.stopped_B, drawn.stopped_B)
+    np.testing.assert_allclose(got.logp_BT, drawn.logp_BT, atol=2e-5)
+
+
+def test_slots_with_kernels_change_no_sample(cfg, params, tokens_PT, drawn):
+    """The decode kernel reads rings that have gone round."""
+    got = run(params, dataclasses.replace(cfg, attention="pallas"), tokens_PT, START_P, slots=3)
+    np.testing.assert_array_equal(got.tokens_BT, drawn.tokens_BT)
+
+
+def test_slots_on_several_devices_change_no_sample(cfg, params, tokens_PT, drawn):
+    """Each device runs a loop of its own, with a queue of its own: no collective in the program."""
+    mesh = make_mesh("4x1")
+    arguments = (
+        jax.device_put(params, replicated(mesh)), cfg,
+        jax.device_put(tokens_PT, sharding_of("PT", mesh)),
+        jax.device_put(START_P, sharding_of("P", mesh)), jax.random.key(11),
+    )  # fmt: skip
+    options = dict(num_completions=G, max_new_tokens=NEW, temperature=0.7, stop_ids=STOPS, slots=2)
+    with jax.set_mesh(mesh):
+        program = sample.lower(*arguments, **options).compile().as_text()
+        got = sample(*arguments, **options)
+    np.testing.assert_array_equal(got.tokens_BT, drawn.tokens_BT)
+    for kind in ("all-reduce", "all-gather", "collective-permute", "all-to-all"):
+        assert kind not in program
+
+
+def test_the_useful_share_counts_decode_steps_of_unfinished_rows(varied, cfg, tokens_PT):
+    """All at once: sum of (length - 1) over rows times the longest row's decode steps."""
+    length_B = varied.completion_mask_BT.sum(1)
+    want = (length_B - 1).sum() / (len(length_B) * (length_B.max() - 1))
+    np.testing.assert_allclose(varied.useful_B, want, rtol=1e-6)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), param_shapes(cfg))
+    queued = run(
+        zeros, cfg, np.repeat(tokens_PT[:1], P, 0), np.zeros(P, np.int32), num_completions=40,
+        temperature=1.0, prompt_id_P=np.array([5, 6, 8, 7], np.uint32), slots=16,
+    )  # fmt: skip
+    np.testing.assert_array_equal(queued.tokens_BT, varied.tokens_BT)
+    assert want < 0.85 < queued.useful_B[0]

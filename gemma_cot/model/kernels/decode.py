@@ -1,10 +1,10 @@
 """Attention of one new token per row over the shared prompt and its own tail, reading only the part
 of either cache that the token may see.
 
-One kernel, called twice: R query rows over one sequence of keys, columns [low, high), returning an
-unnormalised mix with its maximum and sum. On prompts R = G * Q, so the group reads its prompt once;
-on tails R = Q. The two softmaxes are then merged. Equals `reference.decode_attention`; sampling
-takes no gradient, so there is none.
+One kernel, called on each part: R query rows over one sequence of keys, columns [low, high), giving
+an unnormalised mix with its maximum and sum. On prompts R = G * Q, so the group reads its prompt
+once; on tails R = Q, and a tail that runs over the ring's end is two parts. The softmaxes are then
+joined. Equals `reference.decode_attention`; sampling takes no gradient, so there is none.
 """
 
 from functools import partial
@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from gemma_cot.axes import MESH_AXES, per_device
 from gemma_cot.model.kernels.tiles import (
     MASKED,
     check_head_dim,
     columns_of,
     grow_softmax,
     interpreted,
-    per_device,
     product,
 )
 
@@ -34,52 +34,59 @@ def decode_attention(
     tail_k_BSKH: jax.Array,
     tail_v_BSKH: jax.Array,
     start_P: jax.Array,
-    step: jax.Array | int,
+    clock: jax.Array | int,
     window: jax.Array | int | None = None,
+    began_P: jax.Array | None = None,
     *,
     layer: jax.Array | int | None = None,
     block: int = BLOCK,
     interpret: bool | None = None,
 ) -> jax.Array:
-    """Return `mix_BNH` of tail token `step`; row p * G + g belongs to prompt p; q already scaled.
+    """Return `mix_BNH` of the new token of every row; row p * G + g belongs to prompt p; q scaled.
 
-    With (m, z, a) the maximum, sum of exponentials and unnormalised mix of prompt (1) and tail (2),
-    and m = max(m1, m2): mix = (e^(m1 - m) a1 + e^(m2 - m) a2) / (e^(m1 - m) z1 + e^(m2 - m) z2).
-    layer: given, the four caches have L in front and this layer of them is read, in place. step,
-    window and layer may be traced; block, interpret (None: off TPU) are static. Raises ValueError
-    for a head dimension that a TPU cannot tile.
+    With (m_i, z_i, a_i) the maximum, sum of exponentials and unnormalised mix of each part, and m
+    the largest m_i: mix = sum_i e^(m_i - m) a_i / sum_i e^(m_i - m) z_i.
+    layer: given, the four caches have L in front and this layer of them is read, in place. clock,
+    window, began_P and layer may be traced; block, interpret (None: off TPU) are static. Raises
+    ValueError for a head dimension that a TPU cannot tile.
     """
     caches = (prompt_k_PSKH, prompt_v_PSKH, tail_k_BSKH, tail_v_BSKH)
     if layer is None:
         caches, layer = tuple(x[None] for x in caches), 0
     static = (block, interpreted(interpret))
     check_head_dim(q_BNH.shape[2], static[1])
+    began_P = jnp.zeros_like(start_P) if began_P is None else began_P
     everything = caches[0].shape[2] + caches[2].shape[2]
-    scalars = (step, everything if window is None else window, layer)
-    letters = "BNH,LPSKH,LPSKH,LBSKH,LBSKH,P,,,->BNH"
-    attend = per_device(partial(_attend, static), letters)
-    return attend(q_BNH, *caches, start_P, *(jnp.asarray(x, jnp.int32) for x in scalars))
+    scalars = (clock, everything if window is None else window, layer)
+    letters = "BNH,LPSKH,LPSKH,LBSKH,LBSKH,P,P,,,->BNH"
+    attend = per_device(partial(_attend, static), letters, axes=MESH_AXES)
+    return attend(q_BNH, *caches, start_P, began_P, *(jnp.asarray(x, jnp.int32) for x in scalars))
 
 
-def _attend(static, q_BNH, prompt_k, prompt_v, tail_k, tail_v, start_P, step, window, layer):
-    """Attend over both parts of layer `layer` of the caches [L, ...] and join the two softmaxes."""
+def _attend(static, q_BNH, prompt_k, prompt_v, tail_k, tail_v, start_P, began_P, *scalars):
+    """Attend over the parts of one layer of the caches [L, ...] and join their softmaxes."""
+    clock, window, layer = scalars
     B, N, H = q_BNH.shape
-    _, P, width, K, _ = prompt_k.shape
+    (_, P, width, K, _), ring = prompt_k.shape, tail_k.shape[2]
     G, Q = B // P, N // K
-    oldest = width + step - (window - 1)
-    low_P = jnp.clip(jnp.maximum(start_P.astype(jnp.int32), oldest), 0, width)
-    low_B = jnp.broadcast_to(jnp.maximum(oldest - width, 0), (B,))
+    token_P = clock - began_P
+    low_P = jnp.clip(jnp.maximum(start_P, width + token_P - (window - 1)), 0, width)
     high_P = jnp.full((P,), width, jnp.int32)
-    high_B = jnp.broadcast_to(step + 1, (B,))
-
     q_PKRH = q_BNH.reshape(P, G, K, Q, H).swapaxes(1, 2).reshape(P, K, G * Q, H)
     on_prompt = partial_attention(q_PKRH, prompt_k, prompt_v, layer, low_P, high_P, *static)
+    parts = [
+        tuple(x.reshape(P, K, G, Q, -1).swapaxes(1, 2).reshape(B, K, Q, -1) for x in on_prompt)
+    ]
+    now = clock % ring
+    oldest_B = jnp.repeat(now - jnp.minimum(token_P, jnp.minimum(window, ring) - 1), G)
+    to_now = jnp.maximum(oldest_B, 0), jnp.broadcast_to(now + 1, (B,))
+    over_the_end = oldest_B % ring, jnp.where(oldest_B < 0, ring, 0)
     q_BKQH = q_BNH.reshape(B, K, Q, H)
-    m2, z2, a2 = partial_attention(q_BKQH, tail_k, tail_v, layer, low_B, high_B, *static)
-    m1, z1, a1 = (x.reshape(P, K, G, Q, -1).swapaxes(1, 2).reshape(B, K, Q, -1) for x in on_prompt)
-    m = jnp.maximum(m1, m2)
-    w1, w2 = jnp.exp(m1 - m), jnp.exp(m2 - m)
-    mix_BKQH = (w1 * a1 + w2 * a2) / (w1 * z1 + w2 * z2)
+    for low_B, high_B in (to_now, over_the_end):
+        parts.append(partial_attention(q_BKQH, tail_k, tail_v, layer, low_B, high_B, *static))
+    m = jnp.maximum(jnp.maximum(parts[0][0], parts[1][0]), parts[2][0])
+    shrunk = [(jnp.exp(m_i - m), z_i, a_i) for m_i, z_i, a_i in parts]
+    mix_BKQH = sum(w * a for w, _, a in shrunk) / sum(w * z for w, z, _ in shrunk)
     return mix_BKQH.reshape(B, N, H).astype(q_BNH.dtype)
 
 

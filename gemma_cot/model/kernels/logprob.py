@@ -13,13 +13,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from gemma_cot.axes import round_up
+from gemma_cot.axes import MESH_AXES, per_device, round_up
 from gemma_cot.model.kernels.tiles import (
     MASKED,
     columns_of,
     grow_softmax,
     interpreted,
-    per_device,
     product,
 )
 
@@ -47,7 +46,8 @@ def chosen_logprob(
     temperature, blocks, interpret (None: off TPU) are static. Targets outside [0, V) are undefined.
     """
     static = (float(temperature), block_C, block_V, interpreted(interpret))
-    return per_device(partial(_padded, static), "CD,VD,C->C,C")(x_CD, embed_VD, target_C)
+    kernel = per_device(partial(_padded, static), "CD,VD,C->C,C", axes=MESH_AXES)
+    return kernel(x_CD, embed_VD, target_C)
 
 
 def _padded(static, x_CD, embed_VD, target_C):

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from gemma_cot.axes import MESH_AXES, per_device
 from gemma_cot.model.kernels.tiles import (
     MASKED,
     check_head_dim,
     columns_of,
     grow_softmax,
     interpreted,
-    per_device,
     product,
 )
 from gemma_cot.model.layers import attention, causal_mask
@@ -49,7 +49,7 @@ def prefill_attention(
     static = (min(block, T), interpreted(interpret))
     check_head_dim(q_BTNH.shape[3], static[1])
     window = jnp.asarray(T if window is None else window, jnp.int32)
-    attend = per_device(partial(_attend, static), "BTNH,BSKH,BSKH,B,->BTNH")
+    attend = per_device(partial(_attend, static), "BTNH,BSKH,BSKH,B,->BTNH", axes=MESH_AXES)
     return attend(q_BTNH, k_BSKH, v_BSKH, start_B.astype(jnp.int32), window)
 
 

@@ -6,6 +6,7 @@ log-prob from `logprob`. The kernels do not import this file, so that the model 
 """
 
 import jax
+import jax.numpy as jnp
 
 from gemma_cot.model.cache import Cache, decode_masks, shared_attention
 from gemma_cot.model.layers import attention, causal_mask
@@ -37,19 +38,22 @@ def decode_attention(
     tail_k_BSKH: jax.Array,
     tail_v_BSKH: jax.Array,
     start_P: jax.Array,
-    step: jax.Array,
+    clock: jax.Array,
     window: int | None = None,
+    began_P: jax.Array | None = None,
 ) -> jax.Array:
-    """Return `mix_BNH`: attention of tail token `step` of every row over its prompt and its tail.
+    """Return `mix_BNH`: attention of one new token of every row over its prompt and its tail.
 
-    Row p * G + g belongs to prompt p. The query stands in column (prompt width + step) and sees
-    prompt columns from start_p on and tail columns 0..step, those nearer than `window` if given.
+    Row p * G + g belongs to prompt p and began at clock began_p (None: 0); its new token is number
+    clock - began_p, in column clock mod S of the tail, a ring. It sees prompt columns from start_p
+    on and its own tokens, those nearer than `window` if given.
     """
     parts = (prompt_k_PSKH, prompt_v_PSKH, tail_k_BSKH, tail_v_BSKH)
-    cache = Cache(*(part[None] for part in parts), start_P)
-    prompt_2PS, tail_2S = decode_masks(cache, step, 1 if window is None else window)
+    began_P = jnp.zeros_like(start_P) if began_P is None else began_P
+    cache = Cache(*(part[None] for part in parts), start_P, began_P)
+    prompt_2PS, tail_2PS = decode_masks(cache, clock, 1 if window is None else window)
     is_global = int(window is None)
-    return shared_attention(q_BNH, *parts, (prompt_2PS[is_global], tail_2S[is_global]))
+    return shared_attention(q_BNH, *parts, (prompt_2PS[is_global], tail_2PS[is_global]))
 
 
 def chosen_logprob(

@@ -1,15 +1,11 @@
-"""What the kernels share: where they are interpreted, what each device runs, exact products of
-tiles, the running softmax.
+"""What the kernels share: where they are interpreted, exact products of tiles, the running softmax.
 
 Tiles are two-dimensional; a quantity per row is a column [rows, 1]. Letters inside a kernel are
 those of the tile, not of the whole array.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from gemma_cot.model.layers import MASKED
 
@@ -29,30 +25,6 @@ def check_head_dim(head_dim: int, interpret: bool) -> None:
             f"--attention=pallas: the head dimension must be a multiple of 128 on a TPU, got "
             f"{head_dim}; set --attention=reference"
         )
-
-
-def per_device(kernel: Callable, letters: str) -> Callable:
-    """Return `kernel`, run by each device of the mesh in force (`jax.set_mesh`) on its own rows.
-
-    letters: "BTNH,B->BTNH", axes of inputs and outputs; B, P and C are split over `data`, the rest
-    is whole. The compiler cannot cut a kernel: unasked, every device would gather and compute all.
-    """
-    if jax.sharding.get_abstract_mesh().empty:
-        return kernel
-
-    def specs(side: str) -> list[PartitionSpec]:
-        return [
-            PartitionSpec(*("data" if letter in "BPC" else None for letter in axes))
-            for axes in side.split(",")
-        ]
-
-    inputs, outputs = map(specs, letters.split("->"))
-    return jax.shard_map(
-        kernel,
-        in_specs=tuple(inputs),
-        out_specs=tuple(outputs) if len(outputs) > 1 else outputs[0],
-        check_vma=False,
-    )
 
 
 def product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
