@@ -78,6 +78,11 @@ class ModelConfig:
                 "config.json: tie_word_embeddings must be true (Gemma 3 shares embedding and "
                 "unembedding), got false; use a checkpoint with tied embeddings"
             )
+        if text.get("use_bidirectional_attention"):
+            raise ValueError(
+                "config.json: use_bidirectional_attention must be false (each token sees the past "
+                "only), got true; use a Gemma 3 language model, not EmbeddingGemma"
+            )
         if get("num_attention_heads") % get("num_key_value_heads"):
             raise ValueError(
                 f"config.json: num_attention_heads {get('num_attention_heads')} must be divisible "
@@ -183,24 +188,19 @@ def _read_layer_types(text: dict, num_layers: int) -> tuple[bool, ...]:
 
 
 def _read_rope(text: dict) -> tuple[float, float, float]:
-    """Return (local base, global base, global scale) from either style of config.json."""
+    """Return (local base, global base, global scale) from old, new, or mixed config.json."""
     new = text.get("rope_parameters") or {}
-    if "full_attention" in new:
-        wide, near = new["full_attention"], new.get("sliding_attention", {})
-        scaling = wide
-        base_global = wide.get("rope_theta", 1_000_000.0)
-        base_local = near.get("rope_theta", 10_000.0)
-    else:
-        scaling = text.get("rope_scaling") or {}
-        base_global = text.get("rope_theta", 1_000_000.0)
-        base_local = text.get("rope_local_base_freq", 10_000.0)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    near = new.get("sliding_attention") or {}
+    wide = (new.get("full_attention") or {}) | (text.get("rope_scaling") or {})
+    base_global = wide.get("rope_theta") or text.get("rope_theta") or 1_000_000.0
+    base_local = near.get("rope_theta") or text.get("rope_local_base_freq") or 10_000.0
+    kind = wide.get("rope_type", wide.get("type", "default"))
     if kind not in ("default", "linear"):
         raise ValueError(
             f"config.json: RoPE scaling must be 'default' or 'linear', got {kind!r}; "
             "only Gemma 3's own scaling is supported"
         )
-    scale = float(scaling.get("factor", 1.0)) if kind == "linear" else 1.0
+    scale = float(wide.get("factor", 1.0)) if kind == "linear" else 1.0
     return float(base_local), float(base_global), scale
 
 
@@ -267,6 +267,9 @@ class TrainConfig:
     # stage 2: GRPO
     grpo_steps: int = setting(1000, "GRPO optimiser steps; 0 leaves the stage out.")
     num_generations: int = setting(4, "G: completions per prompt, the group of GRPO.")
+    rollout_slots: int = setting(
+        0, "Completions a device decodes at a time, the others waiting in a queue; 0: all."
+    )
     prompts_per_rollout: int = setting(32, "P: prompts sampled together; P / mini_batch updates.")
     mini_batch: int = setting(4, "Prompts per optimiser step, each with all its completions.")
     micro_batch: int = setting(1, "Completions a device runs forward and backward at a time.")
@@ -295,6 +298,13 @@ class TrainConfig:
     reward: tuple[str, ...] = setting(
         (), "A reward of your own, package.module:function=weight; may be given several times."
     )
+    length_weight: float = setting(0.0, "Weight of the overlong penalty, 0 to -1; 0: off.")
+    length_cache: int = setting(100, "It starts this many tokens before max_completion_tokens.")
+    repetition_weight: float = setting(0.0, "Weight of minus the share of repeated 8-token runs.")
+    math_verify: bool = setting(False, "Math-Verify (extra `math`) decides on equal formulas.")
+    allow_code_execution: bool = setting(False, "Run code against metadata.tests in a sandbox.")
+    code_weight: float = setting(1.0, "Weight of that reward (0 or 1).")
+    max_reward_errors: int = setting(0, "Rows on which rewards may raise before the run stops.")
     # the optimiser of both stages: AdamW, linear warm-up, cosine to 0
     warmup_fraction: float = setting(0.1, "Share of a stage's steps over which the rate rises.")
     adam_b1: float = setting(0.9, "AdamW decay of the first moment.")
@@ -302,7 +312,7 @@ class TrainConfig:
     weight_decay: float = setting(0.1, "AdamW weight decay.")
     max_grad_norm: float = setting(0.1, "The gradient's global norm is clipped to this, once.")
     # the machine
-    mesh: str = setting("auto", "Devices as DATAxMODEL, e.g. 8x1; auto: all of them on data.")
+    mesh: str = setting("auto", "Devices as DATAxMODEL, e.g. 8x1; auto: suits model and batch.")
     dtype: str = setting("auto", "Weights and activations: float32, bfloat16; auto: by device.")
     remat: bool = setting(False, "Recompute each layer in the backward pass, to save memory.")
     attention: str = setting(
@@ -313,7 +323,7 @@ class TrainConfig:
     )
     # seeing and keeping
     eval_limit: int = setting(0, "Evaluate on the first N rows only; 0: all of them.")
-    eval_batch: int = setting(128, "Prompts decoded together in evaluation.")
+    eval_batch: int = setting(128, "Completions decoded together in evaluation, on all devices.")
     checkpoint_every: int = setting(100, "Steps between checkpoints (and one after each stage).")
     keep_checkpoints: int = setting(2, "Latest checkpoints that are kept.")
     sample_every: int = setting(20, "GRPO steps between printed sample completions; 0: none.")
@@ -336,7 +346,7 @@ PRESETS: dict[str, dict] = {
         beta=0.02,
         max_grad_norm=1.0,
         weight_decay=0.0,
-        eval_batch=283,
+        eval_batch=64,
         checkpoint_every=100,
     ),
     # python -m gemma_cot.train --preset=gemma3_1b_v5e8 --model=DIR --train_data=F --eval_data=F

@@ -2,9 +2,10 @@
 
     python -m gemma_cot.doctor                  # the embedded model
     python -m gemma_cot.doctor --model=DIR      # also: every tensor present, shaped and finite
+    python -m gemma_cot.doctor --reward=package.module:function   # a reward function, seconds
 
 Prints a line per check, what was measured and its limit; exit code 0 when all pass, else 1. Every
-check runs in float32 at the highest matmul precision.
+check of a model runs in float32 at the highest matmul precision.
 """
 
 import sys
@@ -18,6 +19,8 @@ from absl import flags
 
 from gemma_cot import cli
 from gemma_cot.config import ModelConfig, embedded
+from gemma_cot.guard.lint import lines, lint_reward
+from gemma_cot.guard.user import load_reward
 from gemma_cot.model.gemma import logits
 from gemma_cot.model.load import load_pretrained, read_json
 from gemma_cot.model.logprob import token_logprobs
@@ -122,8 +125,19 @@ def examine(model_dir: str) -> list[Check]:
     return [*checks, *check_tokenizer(cfg, tokenizer), *check_sampler(cfg, params, tokenizer)]
 
 
+def main_reward(spec: str) -> None:
+    """Print what a reward function wrongly pays and refuses; exit with 1 when it does."""
+    name, function, _ = load_reward(spec)
+    print(f"reward     {name}", flush=True)
+    report = lint_reward(function)
+    print("\n".join(lines(report)))
+    sys.exit(0 if report.passed else 1)
+
+
 def main() -> None:
     """Print the table; exit with 1 when a check failed."""
+    if FLAGS.reward:
+        main_reward(FLAGS.reward)
     jax.config.update("jax_default_matmul_precision", "highest")
     checks = examine(FLAGS.model or embedded("tiny_model"))
     for check in checks:
@@ -135,4 +149,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("model", "", "Hugging Face model folder; empty: the embedded tiny model.")
+    flags.DEFINE_string("reward", "", "package.module:function to test in place of a model.")
     cli.run(main)

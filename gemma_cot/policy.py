@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 from jax.sharding import Mesh
 
-from gemma_cot.axes import make_mesh, replicated
+from gemma_cot.axes import auto_mesh, check_mesh, make_mesh, replicated
 from gemma_cot.config import ModelConfig, TrainConfig, embedded
 from gemma_cot.lora import Lora, load_peft
 from gemma_cot.model.load import load_pretrained, read_json, write_json
-from gemma_cot.model.params import Params
+from gemma_cot.model.params import Params, num_params
 from gemma_cot.tokenizer import Tokenizer, load_tokenizer
 
 RECIPE = "gemma_cot.json"
@@ -89,11 +90,26 @@ def load_policy(values: flags.FlagValues) -> Policy:
         )
     tokenizer = load_tokenizer(model_dir, cfg.vocab_size)
     lora = load_peft(values.adapter, cfg) if values.adapter else None
-    mesh = make_mesh(values.mesh)
-    _, params = load_pretrained(model_dir, resolve_dtype(values.dtype), mesh)
+    dtype = resolve_dtype(values.dtype)
+    mesh = mesh_for(values.mesh, cfg, dtype)
+    _, params = load_pretrained(model_dir, dtype, mesh)
     lora = jax.device_put(lora, replicated(mesh))
     names = ("instruction", "max_prompt_tokens", "max_completion_tokens")
     return Policy(cfg, params, lora, tokenizer, mesh, *(recipe[name] for name in names))
+
+
+def mesh_for(text: str, cfg: ModelConfig, dtype: str, batches: tuple[int, ...] = ()) -> Mesh:
+    """Return the mesh that `--mesh` asks for over all devices; "auto" suits the model and `batches`
+    (numbers of rows that `data` must divide). Raises ValueError when the model cannot be cut so.
+    """
+    devices = jax.devices()
+    if text == "auto":
+        memory = (devices[0].memory_stats() or {}).get("bytes_limit", float("inf"))
+        weight_bytes = num_params(cfg) * jnp.dtype(dtype).itemsize
+        text = auto_mesh(len(devices), cfg.sizes, weight_bytes, memory, batches)
+    mesh = make_mesh(text, devices)
+    check_mesh(mesh, cfg.sizes)
+    return mesh
 
 
 def resolve_dtype(dtype: str) -> str:

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import shutil
 import time
+import warnings
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,24 +17,36 @@ import jax
 from jax.sharding import Mesh
 
 from gemma_cot import checkpoint
-from gemma_cot.axes import make_mesh, replicated
+from gemma_cot.axes import replicated
 from gemma_cot.config import ModelConfig, TrainConfig, embedded
 from gemma_cot.data import Encoded, encode_examples, prompt_width, read_jsonl
-from gemma_cot.grpo.reward import format_reward, load_reward, outcome_reward, process_reward
+from gemma_cot.grpo.reward import (
+    RewardError,
+    format_reward,
+    length_penalty,
+    outcome_reward,
+    process_reward,
+    repetition_penalty,
+)
+from gemma_cot.grpo.rollout import Rollout, score_samples
+from gemma_cot.guard import canaries, sandbox, symbolic
+from gemma_cot.guard.user import checked, load_reward
 from gemma_cot.lora import Lora, init_lora
 from gemma_cot.metrics import truncate_after
 from gemma_cot.model.load import load_pretrained, read_json, write_json
 from gemma_cot.model.params import Params
 from gemma_cot.optim import init_state, make_optimizer, make_schedule
-from gemma_cot.policy import resolve_dtype
-from gemma_cot.settings import check_batches, session_seconds
+from gemma_cot.policy import mesh_for, resolve_dtype
+from gemma_cot.settings import check_batches, cut_batches, session_seconds
 from gemma_cot.tokenizer import Tokenizer, load_tokenizer
 
 STAGES = ("sft", "grpo")
-OUTPUTS = ("config.json", "metrics.jsonl", "summary.json", "rejects.txt", "curves.svg", "eval",
+OUTPUTS = ("config.json", "metrics.jsonl", "summary.json", "rejects.txt", "reward_errors.jsonl",
+           "curves.svg", "eval",
            "checkpoints", "adapter", "merged", "tensorboard")  # fmt: skip
 # Settings that a resumed run may be given anew: they change no number of the run.
 FREE_ON_RESUME = {"resume", "overwrite", "session", "sample_every", "checkpoint_every",
+                  "max_reward_errors",
                   "keep_checkpoints"}  # fmt: skip
 
 
@@ -52,6 +65,8 @@ class Run:
     rejects: list[str]  # rows that were skipped or discarded, with the reason
     began: float = field(default_factory=time.monotonic)
     seconds: dict[str, float] = field(default_factory=dict)  # phase -> wall-clock seconds
+    reward_errors: list[dict] = field(default_factory=list)  # rows on which a reward raised
+    canaries: dict[str, dict] = field(default_factory=dict)  # stage -> what hacks earned then
 
     @property
     def out(self) -> Path:
@@ -95,6 +110,37 @@ class Run:
         if not self.cfg.resume or checkpoint.latest_step(folder) is None:
             return False
         return STAGES.index(checkpoint.read_meta(folder)["stage"]) > STAGES.index(stage)
+
+    @property
+    def outcome(self):
+        """The outcome reward, as training and evaluation both use it."""
+        return {name: function for name, function, _ in self.rewards}["outcome"]
+
+    def score(self, samples, rows: list[Encoded]) -> Rollout:
+        """Read and score samples. A row on which a reward raises goes to reward_errors.jsonl.
+
+        Raises RewardError at the first such row, or beyond --max_reward_errors of them.
+        """
+        limit, before = self.cfg.max_reward_errors, len(self.reward_errors)
+        errors = self.reward_errors if limit else None
+        rewards = [(name, checked(name, f, errors), weight) for name, f, weight in self.rewards]
+        rollout = score_samples(samples, rows, self.tokenizer, rewards, self.cfg.num_generations)
+        fresh = self.reward_errors[before:]
+        if fresh:
+            with open(self.out / "reward_errors.jsonl", "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(error) + "\n" for error in fresh)
+        if len(self.reward_errors) > limit:
+            raise RewardError(
+                f"--max_reward_errors: rewards may raise on at most {limit} rows, got "
+                f"{len(self.reward_errors)}, the last {fresh[-1]['error']} in "
+                f"{fresh[-1]['reward']}; see {self.out}/reward_errors.jsonl and correct it"
+            )
+        return rollout
+
+    def watch(self, stage: str) -> list[str]:
+        """Score the canaries with the run's rewards, keep what they earn; return alarm lines."""
+        self.canaries[stage] = canaries.score_canaries(self.eval, self.rewards, self.tokenizer)
+        return canaries.alarms(self.canaries[stage])
 
     def timed(self, name: str, work, *args):
         """Return work(self, *args), its wall-clock time kept under `name`."""
@@ -143,9 +189,10 @@ def prepare(cfg: TrainConfig) -> Run:
                 f"{count} {split} rows over {cfg.max_prompt_tokens} prompt or "
                 f"{cfg.max_completion_tokens} completion tokens: discarded"
             )
-    mesh = make_mesh(cfg.mesh)
+    dtype = resolve_dtype(cfg.dtype)
+    mesh = mesh_for(cfg.mesh, model_cfg, dtype, cut_batches(cfg))
     check_batches(cfg, mesh.shape["data"])
-    _, params = load_pretrained(model_dir, resolve_dtype(cfg.dtype), mesh)
+    _, params = load_pretrained(model_dir, dtype, mesh)
     return Run(cfg, model_cfg, params, tokenizer, train, unseen, rewards, mesh, rejects)
 
 
@@ -154,17 +201,35 @@ def read_rewards(cfg: TrainConfig) -> list[tuple]:
     rewards = [
         ("format", format_reward, cfg.format_weight),
         ("process", partial(process_reward, matcher=cfg.process_matcher), cfg.process_weight),
-        ("outcome", outcome_reward, cfg.outcome_weight),
-        *map(load_reward, cfg.reward),
+        ("outcome", read_outcome(cfg.math_verify), cfg.outcome_weight),
     ]
+    if cfg.length_weight:
+        length = partial(length_penalty, limit=cfg.max_completion_tokens, cache=cfg.length_cache)
+        rewards.append(("length", length, cfg.length_weight))
+    if cfg.repetition_weight:
+        rewards.append(("repetition", repetition_penalty, cfg.repetition_weight))
+    if cfg.allow_code_execution:
+        for line in sandbox.check():
+            warnings.warn(line, stacklevel=2)
+        run_code = partial(sandbox.code_reward, allow_code_execution=True)
+        rewards.append(("code", run_code, cfg.code_weight))
+    rewards += map(load_reward, cfg.reward)
     names = [name for name, _, _ in rewards]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(
-            f"--reward: function names must differ from each other and from format, process and "
-            f"outcome, got {', '.join(twice)} twice; rename a function"
+            f"--reward: function names must differ from each other and from format, process, "
+            f"outcome and code, got {', '.join(twice)} twice; rename a function"
         )
     return rewards
+
+
+def read_outcome(math_verify: bool):
+    """Return the outcome reward. Raises ValueError, one line, without the extra it needs."""
+    if not math_verify:
+        return outcome_reward
+    symbolic.require()
+    return partial(outcome_reward, matches=symbolic.answers_match_symbolic)
 
 
 def check_positions(cfg: TrainConfig, model_cfg: ModelConfig) -> None:

@@ -25,10 +25,11 @@ _AT_LEAST = {
     "max_prompt_tokens": 1, "max_completion_tokens": 1, "lora_rank": 1, "sft_batch": 1,
     "sft_micro_batches": 1,
     "num_generations": 2, "prompts_per_rollout": 1, "mini_batch": 1, "micro_batch": 1,
-    "eval_batch": 1, "checkpoint_every": 1, "keep_checkpoints": 1,
+    "eval_batch": 1, "rollout_slots": 0, "checkpoint_every": 1, "keep_checkpoints": 1,
     "beta": 0, "learning_rate": 0, "sft_learning_rate": 0,
     "weight_decay": 0, "warmup_fraction": 0, "format_weight": 0, "process_weight": 0,
-    "outcome_weight": 0,
+    "outcome_weight": 0, "length_weight": 0, "repetition_weight": 0, "code_weight": 0,
+    "length_cache": 1, "max_reward_errors": 0,
 }  # fmt: skip
 _ABOVE_ZERO = ("temperature", "max_grad_norm", "lora_alpha", "epsilon", "epsilon_high")
 _BELOW_ONE = ("adam_b1", "adam_b2")
@@ -86,6 +87,9 @@ def check_config(cfg: TrainConfig) -> None:
             raise refuse(name, "must be at least 0 and below 1", f"set --{name}=0.9")
     if cfg.warmup_fraction > 1:
         raise refuse("warmup_fraction", "must be at most 1", "set --warmup_fraction=0.1")
+    if cfg.length_weight and cfg.length_cache > cfg.max_completion_tokens:
+        raise refuse("length_cache", f"must be at most max_completion_tokens "
+                     f"{cfg.max_completion_tokens}", "lower it")  # fmt: skip
     if cfg.resume and cfg.overwrite:
         raise ValueError("--resume and --overwrite: at most one may be set, got both; drop one")
     if cfg.prompts_per_rollout % cfg.mini_batch:
@@ -94,6 +98,12 @@ def check_config(cfg: TrainConfig) -> None:
             f"{cfg.mini_batch}; set --mini_batch to one of {_divisors(cfg.prompts_per_rollout)}"
         )
     session_seconds(cfg.session)
+
+
+def cut_batches(cfg: TrainConfig) -> tuple[int, ...]:
+    """Return the numbers of rows that are cut over the mesh's data devices."""
+    micro_rows = cfg.mini_batch * cfg.num_generations // cfg.micro_batch
+    return micro_rows, cfg.sft_batch // cfg.sft_micro_batches, cfg.prompts_per_rollout
 
 
 def check_batches(cfg: TrainConfig, data_devices: int) -> None:

@@ -8,6 +8,7 @@ into --output_dir. All bad input is refused before anything is written.
 """
 
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,14 @@ from gemma_cot.evaluation import (
     table,
     write_results,
 )
-from gemma_cot.grpo.rollout import Rollout, rollout_metrics, sample_prompts, score_samples
-from gemma_cot.grpo.step import add_logprobs, make_grpo_step, make_logprobs, mini_batches
+from gemma_cot.grpo.rollout import Rollout, rollout_metrics, sample_prompts
+from gemma_cot.grpo.step import (
+    add_advantages,
+    add_logprobs,
+    make_grpo_step,
+    make_logprobs,
+    mini_batches,
+)
 from gemma_cot.lora import init_lora, merge, save_peft
 from gemma_cot.metrics import MetricsWriter, step_line
 from gemma_cot.model.load import save_pretrained, write_json
@@ -39,6 +46,7 @@ from gemma_cot.settings import config_from_flags, define_flags
 from gemma_cot.sft import make_sft_step, sft_batch
 
 LORA_KEY, ROLLOUT_KEY = 0, 1  # purposes, folded into the key of the seed
+merge_on_device = jax.jit(merge)
 
 
 def train_sft(run: Run, writer: MetricsWriter, lora):
@@ -85,33 +93,34 @@ def train_grpo(run: Run, writer: MetricsWriter, lora, reference):
     step, tree = run.restore("grpo", {"state": state, "reference": reference})
     state, reference = tree["state"], tree["reference"]
     updates = cfg.prompts_per_rollout // cfg.mini_batch
-    progress = Progress("grpo", cfg.grpo_steps, start=step)
+    log = partial(log_updates, run, writer, schedule, Progress("grpo", cfg.grpo_steps, start=step))
+    pending = None
     while step < cfg.grpo_steps and not run.out_of_time():
-        clock = [time.perf_counter()]
         number = step // updates
         chosen = indices_for_step(number, cfg.seed + 1, len(run.train), cfg.prompts_per_rollout)
         rows = [run.train[i] for i in chosen]
-        samples = jax.block_until_ready(roll_out(run, state.lora, rows, number))
+        samples = roll_out(run, state.lora, rows, number)
+        clock = [log(pending)]  # the updates before, while the devices sample
+        samples = jax.device_get(samples)
         clock.append(time.perf_counter())
-        rollout = score_samples(samples, rows, run.tokenizer, run.rewards, cfg.num_generations)
-        clock.append(time.perf_counter())
-        batches = mini_batches(rollout, cfg, run.mesh)
+        batches = mini_batches(samples, cfg, run.mesh)
         batches = add_logprobs(logprobs, run.params, batches, state.lora, reference, cfg.beta)
+        rollout = run.score(samples, rows)  # while the devices compute log-probs
+        clock.append(time.perf_counter())
+        batches = add_advantages(batches, rollout.reward_PG, rollout.valid_PG, cfg, run.mesh)
+        measured = []
         for batch in batches[: cfg.grpo_steps - step]:
             state, metrics = step_fn(state, run.params, batch)
-            metrics = {name: float(value) for name, value in metrics.items()}
-            step += 1
-            clock.append(time.perf_counter())
-            metrics |= rollout_metrics(rollout) | times(clock, metrics["tokens"], updates)
-            metrics["learning_rate"] = float(schedule(step))
-            writer.write("grpo", step, metrics)
-            progress.count(1)
-            line = step_line("grpo", step, cfg.grpo_steps, metrics)
-            print(f"{line}  {progress.time_left()} left", flush=True)
+            measured.append(metrics)
+        pending = (step, measured, rollout, clock)
+        step += len(measured)
         if cfg.sample_every and number % cfg.sample_every == 0:
             print(sample_text(rows[0].example.prompt, rollout), flush=True)
         if step % cfg.checkpoint_every < updates:
+            log(pending)
+            pending = None
             run.save("grpo", step, {"state": state, "reference": reference})
+    log(pending)
     run.save("grpo", step, {"state": state, "reference": reference})
     if step < cfg.grpo_steps:
         print(f"--session={cfg.session}: time is up after {step} of {cfg.grpo_steps} GRPO steps")
@@ -119,16 +128,44 @@ def train_grpo(run: Run, writer: MetricsWriter, lora, reference):
 
 
 def roll_out(run: Run, lora, rows: list, number: int):
-    """Sample the completions of rollout `number` for `rows`; returns device arrays."""
-    cfg = run.cfg
+    """Sample the completions of rollout `number` for `rows`; returns device arrays.
+
+    The adapter is merged into float32 weights, which makes decoding faster; bfloat16 ones would
+    round it away, and the sampler would no longer be the policy that is trained.
+    """
+    cfg, params = run.cfg, run.params
+    if params["embed"].dtype == jnp.float32:
+        params, lora = merge_on_device(params, lora), None
     key = jax.random.fold_in(jax.random.key(cfg.seed), ROLLOUT_KEY)
     key = jax.random.fold_in(key, number)
     return sample_prompts(
-        run.params, run.model_cfg, lora, [row.prompt_ids for row in rows], run.width, key, run.mesh,
+        params, run.model_cfg, lora, [row.prompt_ids for row in rows], run.width, key, run.mesh,
         prompt_ids=[row.example.id for row in rows], num_completions=cfg.num_generations,
         max_new_tokens=cfg.max_completion_tokens, temperature=cfg.temperature,
-        stop_ids=run.tokenizer.stop_ids,
+        stop_ids=run.tokenizer.stop_ids, slots=cfg.rollout_slots,
     )  # fmt: skip
+
+
+def log_updates(run: Run, writer: MetricsWriter, schedule, progress: Progress, pending) -> float:
+    """Wait for dispatched updates, write and print their metrics; return the time when they ended.
+
+    pending: (step before the first, metrics of each on the devices, rollout, clock) or None. The
+    devices have the next rollout to do meanwhile, so the host's work costs them nothing.
+    """
+    if pending is None:
+        return time.perf_counter()
+    step, measured, rollout, clock = pending
+    for metrics in measured:
+        metrics = {name: float(value) for name, value in metrics.items()}
+        step += 1
+        clock.append(time.perf_counter())
+        metrics |= rollout_metrics(rollout) | times(clock, metrics["tokens"], len(measured))
+        metrics["learning_rate"] = float(schedule(step))
+        writer.write("grpo", step, metrics)
+        progress.count(1)
+        line = step_line("grpo", step, run.cfg.grpo_steps, metrics)
+        print(f"{line}  {progress.time_left()} left", flush=True)
+    return clock[-1]
 
 
 def times(clock: list[float], tokens: float, updates: int) -> dict[str, float]:
@@ -157,6 +194,8 @@ def sample_text(prompt: str, rollout: Rollout) -> str:
 
 def evaluate_stage(run: Run, stage: str, lora) -> list[dict]:
     """Evaluate an adapter on the evaluation rows, greedily; a resumed run reads what it has."""
+    for line in run.watch(stage):
+        print(line, flush=True)
     path = run.out / "eval" / f"{stage}.jsonl"
     if run.cfg.resume and path.exists():
         return read_results(path)
@@ -164,7 +203,7 @@ def evaluate_stage(run: Run, stage: str, lora) -> list[dict]:
     results = evaluate_rows(
         run.params, run.model_cfg, lora, run.tokenizer, run.eval, run.mesh, width=run.width,
         max_new_tokens=cfg.max_completion_tokens, batch=cfg.eval_batch,
-        matcher=cfg.process_matcher, label=f"evaluate {stage}",
+        matcher=cfg.process_matcher, outcome=run.outcome, label=f"evaluate {stage}",
     )  # fmt: skip
     write_results(path, results)
     return results
@@ -197,6 +236,8 @@ def finish(run: Run, results: dict[str, list[dict]], steps: dict[str, int]) -> N
         "seconds": seconds,
         "steps": steps,
         "discarded": run.rejects,
+        "canaries": run.canaries,
+        "reward_errors": len(run.reward_errors),
         "jax": jax.__version__,
         "devices": [str(device) for device in run.mesh.devices.flat],
     }

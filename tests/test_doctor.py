@@ -1,7 +1,10 @@
 """The self-test passes on a sound model and names what is wrong with a damaged one."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +54,30 @@ def test_a_tokenizer_of_another_model_is_named(model):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"vocab_size": 700}))
     assert "vocabulary must fit the embedding's 700 rows" in failed(model)["model folder"]
+
+
+PLANTED = """
+def gold_anywhere(prompts, completions, metadata, **columns):
+    return [float(m["final_answer"] in c) for m, c in zip(metadata, completions)]
+"""
+
+
+@pytest.mark.parametrize(("reward", "code", "words"), [
+    ("gemma_cot.grpo.reward:format_reward", 0, "pays for   format 1"),
+    ("gemma_cot.grpo.reward:process_reward", 0, "pays for   steps 1"),
+    ("gemma_cot.grpo.reward:outcome_reward", 0, "ok    wrongly pays: 0"),
+    ("planted_reward:gold_anywhere", 1, "FAIL  wrongly pays: "),
+    ("planted_reward:gold", 2, "gold must be a function in planted_reward - got no such name"),
+    ("planted_reward", 2, "must read package.module:function"),
+])  # fmt: skip
+def test_a_reward_function_is_tested_by_its_name(tmp_path, reward, code, words):
+    (tmp_path / "planted_reward.py").write_text(PLANTED)
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-m", "gemma_cot.doctor", f"--reward={reward}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == code, done.stderr
+    assert words in (done.stderr if code == 2 else done.stdout)
+    assert len(done.stderr.splitlines()) == (1 if code == 2 else 0)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):

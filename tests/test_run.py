@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gemma_cot.config import PRESETS, TrainConfig, embedded
-from gemma_cot.run import OUTPUTS, open_run, prepare
+from gemma_cot.grpo.reward import RewardError
+from gemma_cot.model.sample import Samples
+from gemma_cot.run import OUTPUTS, open_run, prepare, read_rewards
+from gemma_cot.tokenizer import encode
 
 GOOD = {
     "domain": "math",
@@ -132,10 +136,16 @@ def test_a_vocabulary_larger_than_the_embedding(cfg, model):
 
 
 def test_batches_that_do_not_divide(cfg):
-    # conftest's four host devices are all on the data axis
     refused(dataclasses.replace(cfg, micro_batch=3), "micro_batch", "64", "set --micro_batch to")
-    refused(dataclasses.replace(cfg, sft_batch=6), "--sft_batch", "divisible by 4", "=8")
+    six = dataclasses.replace(cfg, sft_batch=6, mesh="4x1")  # over conftest's four host devices
+    refused(six, "--sft_batch", "divisible by 4", "=8")
     refused(dataclasses.replace(cfg, mesh="3x1"), "--mesh=3x1", "4 devices")
+
+
+def test_auto_mesh_suits_the_batches(cfg):
+    assert dict(prepare(cfg).mesh.shape) == {"data": 4, "model": 1}
+    six = prepare(dataclasses.replace(cfg, sft_batch=6))
+    assert dict(six.mesh.shape) == {"data": 2, "model": 2}
 
 
 def test_another_run_in_the_folder_is_never_touched(cfg):
@@ -163,9 +173,96 @@ def test_rewards_that_cannot_be_used(cfg):
     refused(dataclasses.replace(cfg, reward=("math:sqrt", "math:sqrt=2")), "--reward", "sqrt twice")
 
 
+def test_penalties_and_code_are_rewards_only_where_asked_for(cfg):
+    names = [name for name, _, _ in read_rewards(cfg)]
+    assert names == ["format", "process", "outcome"]
+    cfg = dataclasses.replace(
+        cfg, length_weight=0.5, length_cache=40, repetition_weight=0.25, allow_code_execution=True,
+        code_weight=3.0,
+    )  # fmt: skip
+    rewards = {name: (function, weight) for name, function, weight in read_rewards(cfg)}
+    assert [weight for _, weight in rewards.values()] == [1.0, 1.0, 1.0, 0.5, 0.25, 3.0]
+    ids = {"completion_ids": [[1] * 124], "metadata": [{"tests": ["assert f() == 2"]}]}
+    row = (["p"], ["<answer>def f(): return 2</answer>"])
+    # max_completion_tokens is 144 in the tiny preset: (124 - 104) / 40
+    assert rewards["length"][0](*row, **ids) == [-0.5]
+    assert rewards["repetition"][0](*row, **ids) == [pytest.approx(-116 / 117)]
+    assert rewards["code"][0](*row, **ids) == [1.0]
+
+
+def test_a_reward_may_not_bear_a_built_in_name(cfg, tmp_path, monkeypatch):
+    (tmp_path / "clashing.py").write_text("def code(prompts, completions, **c): return []\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg = dataclasses.replace(cfg, reward=("clashing:code",))
+    assert read_rewards(cfg)[-1][0] == "code"
+    refused(dataclasses.replace(cfg, allow_code_execution=True), "--reward", "code twice")
+
+
+@pytest.mark.skipif(find_spec("math_verify") is not None, reason="it is installed")
+def test_math_verify_without_the_extra_is_refused(cfg):
+    refused(dataclasses.replace(cfg, math_verify=True), "--math_verify", "gemma_cot[math]")
+
+
+def fragile(prompts, completions, **columns):
+    """A user's reward that fails on a completion without the letter a."""
+    return [1 / text.count("a") for text in completions]
+
+
+def sampled(run, texts: list[str]) -> Samples:
+    """Return samples that read as these texts, after prompts of three tokens."""
+    ids = [[*encode(run.tokenizer, text), run.tokenizer.end_of_turn] for text in texts]
+    shape = (len(texts), 3 + max(map(len, ids)))
+    tokens_BT, mask_BT = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    for b, row in enumerate(ids):
+        tokens_BT[b, 3 : 3 + len(row)] = row
+        mask_BT[b, 3 : 3 + len(row)] = True
+    start_B, stopped_B = np.zeros(len(texts), np.int32), np.ones(len(texts), bool)
+    useful_B = np.ones(len(texts), np.float32)
+    return Samples(tokens_BT, mask_BT, np.zeros(shape, np.float32), start_B, stopped_B, useful_B)
+
+
+def test_rows_on_which_a_reward_raises_are_noted_and_stop_the_run_above_the_limit(cfg):
+    cfg = dataclasses.replace(cfg, num_generations=4, max_reward_errors=2)
+    run = prepare(cfg)
+    open_run(run)
+    run.rewards.append(("fragile", fragile, 1.0))
+    rollout = run.score(sampled(run, ["a", "b", "aa", "c"]), run.train[:1])
+    assert rollout.scores["fragile"] == [1.0, None, 0.5, None]  # None, and never 0
+    assert rollout.valid_PG.tolist() == [[True, False, True, False]]
+    noted = [json.loads(line) for line in (run.out / "reward_errors.jsonl").open()]
+    assert [error["completion"] for error in noted] == ["b", "c"]
+    assert noted[0]["reward"] == "fragile" and "ZeroDivisionError" in noted[0]["error"]
+    assert noted[0]["prompt"] == run.train[0].example.prompt
+    run.score(sampled(run, ["a"] * 4), run.train[:1])  # two of two: still running
+    with pytest.raises(RewardError, match="--max_reward_errors: .* at most 2 rows, got 3, the last "
+                                          "ZeroDivisionError.* in fragile; see .*errors.jsonl"):
+        run.score(sampled(run, ["a", "a", "a", ""]), run.train[:1])
+    assert len((run.out / "reward_errors.jsonl").read_text().splitlines()) == 3
+
+
+def test_without_a_limit_the_first_row_that_raises_stops_the_run(cfg):
+    run = prepare(dataclasses.replace(cfg, num_generations=2, micro_batch=8))
+    run.rewards.append(("fragile", fragile, 1.0))
+    with pytest.raises(RewardError, match="fragile - must not raise - got Zero.* completion 'b'"):
+        run.score(sampled(run, ["a", "b"]), run.train[:1])
+    assert not run.out.exists()
+
+
+def test_canaries_are_scored_with_the_runs_own_rewards_and_count_no_errors(cfg):
+    run = prepare(dataclasses.replace(cfg, max_reward_errors=1))
+    assert run.watch("base") == []
+    assert run.canaries["base"]["honest"]["outcome"] == 1.0
+    run.rewards.append(("fragile", fragile, 1.0))
+    lines = run.watch("sft")
+    assert any("canary 'nothing' makes a reward fail" in line for line in lines)
+    assert run.reward_errors == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--length_weight=1", "--length_cache=200"],
+         "--length_cache: must be at most max_completion_tokens 144, got 200; lower it"),
         (["--beta_=1"], "Unknown command line flag 'beta_'"),
         (["--preset=huge"], "preset=huge"),
         (["--sft_steps=many"], "sft_steps=many"),

@@ -106,15 +106,17 @@ def test_malformed_flags_are_refused_by_absl(argument):
 # ---- refusals -----------------------------------------------------------------------------------
 
 AT_LEAST = {
-    0: """sft_steps grpo_steps eval_limit sample_every seed beta learning_rate
+    0: """rollout_slots sft_steps grpo_steps eval_limit sample_every seed beta learning_rate
         sft_learning_rate weight_decay warmup_fraction format_weight process_weight
-        outcome_weight""",
+        outcome_weight length_weight repetition_weight code_weight max_reward_errors""",
     1: """max_prompt_tokens max_completion_tokens lora_rank sft_batch sft_micro_batches
-        prompts_per_rollout mini_batch micro_batch eval_batch checkpoint_every keep_checkpoints""",
+        prompts_per_rollout mini_batch micro_batch eval_batch checkpoint_every keep_checkpoints
+        length_cache""",
     2: "num_generations",
 }
 BOUNDS = [(name, least) for least, names in AT_LEAST.items() for name in names.split()]
-CHOICES = ["on_bad_row", "kl", "aggregation", "advantage_scale", "process_matcher", "dtype"]
+CHOICES = ["on_bad_row", "kl", "aggregation", "advantage_scale", "process_matcher", "dtype",
+           "attention", "logprob"]  # fmt: skip
 ABOVE_ZERO = ["temperature", "max_grad_norm", "lora_alpha", "epsilon", "epsilon_high"]
 BELOW_ONE = ["adam_b1", "adam_b2"]
 

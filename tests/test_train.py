@@ -25,8 +25,8 @@ calls, fail_at = 0, None
 
 def short(prompts, completions, *, metadata, domain, level, **columns):
     global calls
-    calls += 1
-    if fail_at == calls:
+    calls += len(completions) == 8  # a rollout of four prompts; canaries are fewer
+    if fail_at == calls and len(completions) == 8:
         raise RuntimeError("reward broke on purpose")
     assert len(metadata) == len(domain) == len(level) == len(prompts) == len(completions)
     return [None if one == 0 else 1 / (1 + len(text)) for one, text in zip(level, completions)]
@@ -103,7 +103,7 @@ def test_a_run_leaves_all_its_outputs(whole, capsys):
     rows = numbers(out)
     steps = [(row["stage"], row["step"]) for row in rows]
     assert steps == [("sft", 1), ("sft", 2), *(("grpo", n) for n in range(1, 5))]
-    known = {*METRICS, "stage", "step", "reward_short"}
+    known = {*METRICS, "stage", "step", "reward_short", "none_short"}
     assert all(set(row) <= known for row in rows)
     assert all(row["ratio_max"] == 1.0 for row in rows if row["step"] % 2 and "ratio_max" in row)
     drift = [row["logp_drift_max"] for row in rows if row["stage"] == "grpo"]
@@ -114,6 +114,9 @@ def test_a_run_leaves_all_its_outputs(whole, capsys):
         assert summary["stages"][stage]["n"] == len(results) == 6
         low, high = summary["stages"][stage]["full_format_accuracy_interval"]
         assert low <= summary["stages"][stage]["full_format_accuracy"] <= high
+        canaries = summary["canaries"][stage]
+        assert canaries["honest"]["outcome"] == 1.0 and canaries["two answers"]["outcome"] == 0.0
+        assert "short" in canaries["nothing"]
     assert summary["steps"] == {"sft": 2, "grpo": 4}
     assert "<svg" in Path(f"{out}/curves.svg").read_text()
     config = json.loads(Path(f"{out}/config.json").read_text())

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_cot.grpo.answer import MAX_NUMBER, MAX_TEXT, answers_match, strip_marks
+from gemma_cot.grpo.answer import (
+    MAX_NUMBER,
+    MAX_TEXT,
+    _choice,
+    _literal,
+    answers_match,
+    as_text,
+    strip_marks,
+)
 
 NBSP, MINUS = "\u00a0", "\u2212"
 
@@ -368,6 +376,176 @@ x < 5 => x > 5
 """),
 ]
 
+# A second reader's cases, by what is written; each verdict follows from the rule named.
+
+ACCEPT += [
+    # thousands groups in every style
+    *table("math", r"""
+1234567 => 1,234,567 | 1{,}234{,}567 | 1\,234\,567 | 1,\!234,\!567 | 1234567.0 | $1,234,567
+1234567 => 1,234,567 people
+12,345.67 => 12345.67 | $12,345.67 | 12\,345.67
+-1,234 => -1234 | -1,234.00 | -$1,234 | $-1,234
+"""),
+    # zero and its sign
+    *table("math", r"""
+0 => −0.0 | 0/1 | -0/5 | 0e5 | 0.000 | +0 | 0% | $0 | 0 apples | 00
+0.0 => 0 | -0
+-0 => 0 | 0.0
+"""),
+    # the minus sign: ASCII and U+2212, never another dash
+    *table("math", r"""
+-5 => -5. | −5.0 | -05 | −10/2 | -\frac{10}{2} | \frac{-10}{2} | \frac{10}{-2} | x = -5 | −$5
+-5 => -5 m
+"""),
+    # fractions and mixed numbers
+    *table("math", r"""
+2/3 => 4/6 | \frac{2}{3} | \frac23 | \dfrac{4}{6} | 0.6666666666666667 | -2/-3 | +2/3
+7/2 => 3.5 | 3 1/2 | 3\frac{1}{2} | 3\frac12 | 350% | 3 1 / 2
+-7/2 => -3.5 | -3 1/2 | -3\frac{1}{2}
+1/2 => \frac12 cup | \frac{1}{2}cup
+"""),
+    # percent
+    *table("math", r"""
+10% => 0.1 | 10 | 10 % | 10 percent | .1 | 1/10 | 10\% | 1e1%
+0.5% => 0.005 | 0.5 | .5% | 1/2% | 5e-3
+100% => 1 | 100 | 1.0
+"""),
+    # powers of ten, exact values, and powers that must not be raised
+    *table("math", r"""
+1.5e3 => 1,500 | 1.5e+3 | 1.5e03 | 15e2 | 1.5 x 10^3
+1e-3 => 0.001 | 1/1000 | .001 | 0.1% | 1 × 10^{-3}
+1e308 => 10e307
+3.0 => 3 | 3.00
+0.1 => 0.10000000000001 | 1/10
+3.14159 => 3.141590000000001
+"""),
+    # money and units
+    *table("math", r"""
+$7.50 => 7.5 | 7.50 dollars | $7.5 | US$7.50 | 7.50$ | USD 7.50 | 7.5 bucks
+5 kg => 5kg | 5 kilograms | 5 Kg | 5
+5 m/s => 5 meters per second | 5 meters/second | 5 m / s | 5 | 5 \text{ m/s} | 5\,\mathrm{m/s}
+30 minutes => 30 min | 30 mins | 30
+72 => 72~apples
+"""),
+    # a named value
+    *table("math", r"""
+x = 7 => 7 | x = 7.0 | $x=7$ | \boxed{x=7}
+7 => x = 7 | \boxed{x = 7} | Answer = 7
+"""),
+    # points, sets and lists as text
+    *table("math", r"""
+(3, 4) => (3,4) | ( 3, 4 ) | $(3, 4)$
+1, 2, 3 => 1, 2,3
+"""),
+    # choice letters
+    *table("science", r"""
+C => c | (C) | C. | C) | C: | C. oxygen | C) oxygen | (C) oxygen | C: oxygen | **C** | $C$
+C => $\boxed{\text{C}}$
+C) iron => C | (C) | iron | C. iron | C: Iron
+(A) => A | a | A)
+5 cm => B) 5 cm | (B) 5
+"""),
+    # code literals
+    *table("code", r"""
+[1, 2] => [1, 2, ] | ([1, 2]) | [ 1 , 2 ]
+(1, 2) => (1, 2,) | ((1, 2))
+{1, 2} => {1, 1, 2}
+{'a': [1]} => {"a": [1]} | {'a': [1],}
+True => `True` | True.
+0 => -0 | 00 | 0x0 | 0b0
+'x' => "x" | '''x'''
+3.5 => 3.50 | 35e-1 | 3.5000000000000001
+-1 => - 1
+9**9**9 => 9 ** 9 ** 9
+"""),
+]
+
+REFUSE += [
+    # thousands groups in every style
+    *table("math", r"""
+1234567 => 1.234.567 | 1'234'567 | 1 234 567 | 1,234567 | 1234,567 | ,234,567
+12,345.67 => 12.345,67 | 12,345,67
+-1,234 => (1,234) | 1,234-
+"""),
+    # zero and its sign
+    *table("math", r"""
+0 => 1e-400 | 0/0 | O | 1e-10
+"""),
+    # the minus sign: ASCII and U+2212, never another dash
+    *table("math", r"""
+5 => -5 | −5 | 5− | –5
+-5 => —5 | ‐5 | ˗5 | ⁻5
+"""),
+    # fractions and mixed numbers
+    *table("math", r"""
+2/3 => 0.667 | 66.7% | 2:3 | 2÷3 | ⅔ | 3/2 | \frac{3}{2} | 2/3 or so | 2/3/1 | 2/0
+7/2 => 31/2 | 3 2/1 | 3-1/2 | 3½
+-7/2 => 3.5
+1/2 => \frac125 | \frac{1}{2}5
+1/25 => \frac125 | \frac{1}{2}5
+"""),
+    # percent
+    *table("math", r"""
+10% => 1% | 100% | 0.01 | 10%% | % 10 | 10 per | 90%
+0.5% => 50% | 0.05
+100% => all
+"""),
+    # powers of ten, exact values, and powers that must not be raised
+    *table("math", r"""
+1.5e3 => 1.5×10³ | 1.5e3.0 | 1.5e
+1e-3 => 10^-3 | 1e3
+1e308 => 1e309
+10 => 10**10**9 | 10^10^9 | 1e99999999999 | 9**9**9**9 | 10**1 | 10^1 | 1{0} | 1 0 | ten | X
+10 => １０ | 1٠
+3.0 => 3.000000000001 | 2.9999999999999999
+0.1 => 0.1000000001
+3.14159 => 3.14 | 3.14160
+"""),
+    # money and units
+    *table("math", r"""
+$7.50 => 750 cents | €7.50 | 7.50 euros | ¥7.50
+5 kg => 5000 g | 5 lb | 5 k | 5 kg/m
+5 m/s => 5 m | 5 s/m | 18 km/h | 5 m/s^2
+30 minutes => 0.5 hours | half an hour | 30 m | 30'
+72 => ~72 | 72 roughly | 72 possibly | 72 unless rain | 72 until noon | 72 instead of many
+"""),
+    # a named value
+    *table("math", r"""
+x = 7 => y=7 | 7=x | x=7,y=2 | x ≥ 7 | x→7 | X=7
+7 => x:=7 | x==7 | 7 = 7 | x = y = 7 | x = 7 or 8 | x ≈ 7 | = 7
+"""),
+    # points, sets and lists as text
+    *table("math", r"""
+(3, 4) => 3, 4 | (4, 3) | [3, 4] | {3, 4} | (3; 4) | (3,4,5) | (3 4) | x=3, y=4
+{1, 2} => {2, 1} | [1,2] | 1, 2 | \{1, 2\}
+1, 2, 3 => 3, 2, 1 | 123 | 1 2 3 | 1, 2 | 1, 2, 3, 4 | (1, 2, 3)
+"""),
+    # choice letters
+    *table("science", r"""
+C => [C] | C, | C; | C! | C? | C or D | C/D | C D | CD | not C | C - oxygen | C oxygen | С | Ｃ
+C => ⓒ | 3 | Option C | Answer: C | C) oxygen D) iron | C) oxygen, D) iron | (C)(D) | ((C))
+C => "C"
+C) iron => D) iron | C) oxygen | oxygen | D | C) irons
+(A) => B
+5 cm => B) 6 cm | 50 mm
+"""),
+    # code literals
+    *table("code", r"""
+[1, 2] => 1, 2 | [1, 2.0] | [1, 2][0:] | [1, 2]; | ["1", "2"] | [1, 2] [1, 2] | [*[1, 2]]
+[1, 2] => [1, 2] # | [i for i in (1, 2)] | [1, 2] if True else 0
+(1, 2) => [1, 2] | (1, 2.0) | ((1, 2),)
+{1, 2} => {1: 2} | [1, 2] | {1, 2, 3} | set([1, 2]) | frozenset({1, 2})
+{'a': [1]} => {'a': (1,)} | {'A': [1]} | {'a': [1], 'b': 2} | dict(a=[1])
+True => 'True' | not False | 1 == 1 | bool(1)
+0 => 0.0 | None | ''
+'x' => 'X' | x | ['x'] | b'x' | 'x ' | chr(120)
+3.5 => 7/2 | '3.5' | 3.51 | 3.5j
+None => nan | 'None' | ()
+-1 => ~0 | -1.0 | --1 | -True
+9**9**9 => 1
+"""),
+]
+
 
 def test_table_has_three_hundred_cases_and_no_case_twice():
     cases = [tuple(map(repr, case)) for case in ACCEPT + REFUSE]
@@ -520,3 +698,54 @@ LITERALS = st.recursive(
 def test_a_literal_matches_itself_and_not_its_list(value):
     assert answers_match(repr(value), repr(value), "code")
     assert not answers_match(repr(value), repr([value]), "code")
+
+
+TEXTS = st.text(min_size=1, max_size=40) | PIECES.filter(len)
+DOMAINS = st.sampled_from(["math", "code", "science"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXTS, DOMAINS)
+def test_every_answer_that_shows_something_answers_itself(text, domain):
+    shows = strip_marks(as_text(text)) != ""
+    assert answers_match(text, text, domain) is shows
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from([gold for gold, _, domain in ACCEPT + REFUSE if domain == "math"]),
+       st.sampled_from([text for _, text, domain in ACCEPT + REFUSE if domain == "math"]))
+def test_mathematics_is_symmetric_but_for_choice_letters(a, b):
+    """Names, units, percent and numbers bind both ways; a lower-case letter is no gold choice."""
+    letters = [text for text in (a, b) if _choice(strip_marks(as_text(text)))]
+    assert letters or answers_match(a, b) == answers_match(b, a)
+
+
+@settings(max_examples=200, deadline=None)
+@given(PIECES, PIECES)
+def test_code_literals_are_symmetric(a, b):
+    is_literal = all(_literal(strip_marks(as_text(text))) for text in (a, b))
+    assert not is_literal or answers_match(a, b, "code") == answers_match(b, a, "code")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.fractions(max_denominator=1000), st.sampled_from(["", " apples", " km", " dollars"]))
+def test_a_percentage_answers_its_share_and_its_number(value, unit):
+    shown = f"{value.numerator * 100}/{value.denominator}%"
+    assert answers_match(shown, str(value)) and answers_match(str(value), shown)
+    assert answers_match(shown, shown.removesuffix("%"))
+    assert answers_match(f"{value}{unit}", str(value))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(min_size=1, max_size=60), st.integers(0, 2000), DOMAINS)
+def test_ten_thousand_arbitrary_characters_take_no_time(piece, cut, domain):
+    """Denial of service: a pattern that backtracks takes seconds. The limit is 5 ms; the median of
+    three and a factor of ten leave room for a loaded machine."""
+    long = (piece * 10_000)[:10_000]
+    for text in (long, long[: MAX_TEXT - cut]):
+        took = []
+        for gold in (text[:-1] + "x", "72", "[1, 2]"):
+            began = time.perf_counter()
+            answers_match(gold, text, domain)
+            took.append(time.perf_counter() - began)
+        assert sorted(took)[1] < 0.05

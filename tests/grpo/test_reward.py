@@ -1,6 +1,4 @@
-"""Every sentence of the format, process and outcome rewards, and the errors of user rewards."""
-
-import sys
+"""Every sentence of the format, process and outcome rewards, and of the penalties."""
 
 import numpy as np
 import pytest
@@ -8,15 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_cot.grpo.reward import (
-    RewardError,
     checkpoint_hits,
     format_reward,
     has_format,
-    load_reward,
+    length_penalty,
     normalise,
     outcome_reward,
+    overlong,
     process_reward,
-    score,
+    repeated_share,
+    repetition_penalty,
     split_blocks,
 )
 
@@ -259,129 +258,55 @@ def test_built_in_rewards_never_raise(reasoning, answer, value):
         assert process_score is None or 0.0 <= process_score <= 1.0
 
 
-# A user's own rewards
+# Penalties, in tokens
 
 
-@pytest.fixture
-def user_module(tmp_path, monkeypatch):
-    """Put a module `my_rewards`, and one that fails at import, on the path."""
-    (tmp_path / "my_rewards.py").write_text(
-        "constant = 3\ndef brevity(prompts, completions, **columns):\n"
-        "    return [1 / (1 + len(c)) for c in completions]\n")
-    (tmp_path / "broken_rewards.py").write_text("raise RuntimeError('first\\nsecond')\n")
-    (tmp_path / "leaving_rewards.py").write_text("import sys; sys.exit(3)\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    yield
-    sys.modules.pop("my_rewards", None)
-
-
-@pytest.mark.parametrize(("spec", "weight"), [
-    ("my_rewards:brevity", 1.0), ("my_rewards:brevity=0.5", 0.5), ("my_rewards:brevity=-2", -2.0),
-    ("my_rewards:brevity=1e-3", 1e-3), (" my_rewards : brevity = 2 ", 2.0),
-    ("my_rewards:brevity=0", 0.0),
+@pytest.mark.parametrize(("tokens", "penalty"), [
+    # L_max 512, L_cache 100: free up to 412, then 1/100 a token, -1 at 512 and beyond
+    (0, 0.0), (1, 0.0), (411, 0.0), (412, 0.0), (413, -0.01), (437, -0.25), (462, -0.5),
+    (511, -0.99), (512, -1.0), (513, -1.0), (10_000, -1.0),
 ])
-def test_load_reward(user_module, spec, weight):
-    name, function, loaded_weight = load_reward(spec)
-    assert (name, loaded_weight) == ("brevity", weight)
-    assert function(["p"], ["abc"], extra=[1]) == [0.25]
+def test_overlong_is_daposs_penalty_in_tokens(tokens, penalty):
+    assert overlong(tokens, 512, 100) == pytest.approx(penalty, abs=1e-12)
+    ids = {"completion_ids": [[7] * tokens]}
+    got = length_penalty(["p"], ["one text"], limit=512, cache=100, **ids)
+    assert got == [pytest.approx(penalty, abs=1e-12)]
 
 
-@pytest.mark.parametrize(("spec", "message"), [
-    ("", "must read package.module:function=weight"), ("my_rewards", "must read package.module"),
-    ("my_rewards:", "must read package.module"), (":brevity", "must read package.module"),
-    ("my_rewards.brevity=0.5", "must read package.module"), ("=0.5", "must read package.module"),
-    ("no_such_module_:f", "ModuleNotFoundError: No module named 'no_such_module_'"),
-    (".relative:f", "must be importable"), ("my_rewards:missing", "got no such name"),
-    ("my_rewards:constant", "must be a function in my_rewards - got type int"),
-    ("my_rewards:brevity=", "finite number - got ''"),
-    ("my_rewards:brevity=much", "finite number - got 'much'"),
-    ("my_rewards:brevity=nan", "finite number - got 'nan'"),
-    ("my_rewards:brevity=inf", "finite number - got 'inf'"),
-    ("my_rewards:brevity=1=2", "finite number - got '1=2'"),
-    ("broken_rewards:f", "RuntimeError: first second"), ("leaving_rewards:f", "SystemExit: 3"),
-])
-def test_load_reward_refuses_with_one_clear_line(user_module, spec, message):
-    with pytest.raises(ValueError) as caught:
-        load_reward(spec)
-    text = str(caught.value)
-    assert message in text and repr(spec) in text and "\n" not in text
+def test_the_length_penalty_counts_tokens_and_never_characters():
+    ids = {"completion_ids": [[1] * 10, [1] * 20]}
+    assert length_penalty(["p"] * 2, ["x" * 9000, ""], limit=20, cache=20, **ids) == [-0.5, -1.0]
 
 
-def test_score_calls_every_function_by_name():
-    rewards = [("format", format_reward, 1.0), ("outcome", outcome_reward, 2.0)]
-    columns = {"metadata": [{"final_answer": 5}, None], "domain": ["math", "math"]}
-    expected = {"format": [1.0, 0.0], "outcome": [1.0, None]}
-    assert score(rewards, ["p"] * 2, [blocks(), "x"], columns) == expected
-    by_name = {name: function for name, function, _ in rewards}
-    assert score(by_name, ["p"] * 2, [blocks(), "x"], columns) == expected
-    assert score([], ["p"], ["c"], {}) == {}
+def test_a_penalty_without_tokens_does_not_apply():
+    for columns in ({}, {"completion_ids": None}, {"completion_ids": [None, None]}):
+        assert length_penalty(["p"] * 2, ["a", "b"], limit=9, cache=3, **columns) == [None, None]
+        assert repetition_penalty(["p"] * 2, ["a", "b"], **columns) == [None, None]
 
 
-def test_score_passes_columns_as_keyword_lists():
-    seen = {}
-
-    def spy(prompts, completions, **columns):
-        seen.update(prompts=prompts, completions=completions, **columns)
-        return [None]
-
-    assert score({"spy": spy}, ["p"], ["c"], {"level": [3]}) == {"spy": [None]}
-    assert seen == {"prompts": ["p"], "completions": ["c"], "level": [3]}
-
-
-@pytest.mark.parametrize("value", [
-    True, 1, 0.5, np.float32(0.5), np.float64(0.5), np.int64(1), np.bool_(True), np.array(0.5),
-])
-def test_score_takes_bools_and_numpy_scalars_as_numbers(value):
-    (got,) = score({"f": lambda prompts, completions: [value]}, ["p"], ["c"], {})["f"]
-    assert type(got) is float and got == float(value)
+def test_repeated_share_is_that_of_runs_seen_before():
+    assert repeated_share([]) == repeated_share([5]) == repeated_share([5] * 7) == 0.0
+    assert repeated_share(list(range(100))) == 0.0
+    assert repeated_share([5] * 8) == 0.0  # one run of eight
+    assert repeated_share([5] * 9) == 0.5  # two runs, one of them again
+    assert repeated_share([5] * 107) == 0.99  # 100 runs, one distinct
+    # 16 tokens twice: 25 runs of 8; those at 16 .. 24 stood at 0 .. 8 before
+    assert repeated_share(list(range(16)) * 2) == pytest.approx(9 / 25)
+    assert repeated_share([1, 2, 1, 2, 1], n=2) == pytest.approx(2 / 4)
 
 
-@pytest.mark.parametrize(("values", "message"), [
-    (None, "must return a list - got type NoneType"), (1.0, "type float"), ((1.0,), "type tuple"),
-    (np.ones(1), "type ndarray"), ({0: 1.0}, "type dict"), ([], "got 0 scores for 1"),
-    ([1.0, 2.0], "got 2 scores for 1"), (["1.0"], "finite number or None - got '1.0' at row 0"),
-    ([[1.0]], "finite number or None"), ([float("nan")], "got nan at row 0"),
-    ([float("inf")], "got inf at row 0"), ([1j], "finite number or None"), ([{}], "finite number"),
-    ([10**400], "finite number or None"), ([np.float32("nan")], "finite number or None"),
-    ([np.ones(2)], "finite number or None"), (["a\nb" * 99], "finite number or None"),
-])
-def test_score_refuses_what_is_no_list_of_scores(values, message):
-    with pytest.raises(RewardError) as caught:
-        score({"good": format_reward, "mine": lambda prompts, completions: values},
-              ["p"], ["c"], {})
-    text = str(caught.value)
-    assert text.startswith("reward function mine - ") and message in text
-    assert "\n" not in text and len(text) < 300
+def test_the_repetition_penalty_is_minus_that_share():
+    ids = {"completion_ids": [[5] * 9, list(range(30)), []]}
+    assert repetition_penalty(["p"] * 3, ["a", "b", "c"], **ids) == [-0.5, 0.0, 0.0]
+    assert str(repetition_penalty(["p"], ["a"], completion_ids=[[1]])) == "[0.0]"  # not -0.0
 
 
-def test_score_names_the_function_that_raised():
-    def mine(prompts, completions):
-        raise KeyError("no\nsuch")
-
-    completion = "x" * 200 + "y" + "\n" * 50
-    with pytest.raises(RewardError) as caught:
-        score([("mine", mine, 1.0)], ["p"], [completion], {})
-    text = str(caught.value)
-    assert text.startswith("reward function mine - ") and "KeyError: 'no\\nsuch'" in text
-    assert "x" * 200 in text and "xy" not in text and "\n" not in text
-    assert isinstance(caught.value.__cause__, KeyError) and isinstance(caught.value, ValueError)
-
-
-def test_score_reports_a_function_that_misses_a_column_and_an_empty_batch():
-    with pytest.raises(RewardError, match="mine .*TypeError.*level"):
-        score({"mine": lambda prompts, completions: [1]}, ["p"], ["c"], {"level": [1]})
-    with pytest.raises(RewardError, match="ZeroDivisionError"):
-        score({"mine": lambda prompts, completions: 1 / 0}, [], [], {})
-
-
-def test_score_refuses_two_functions_of_one_name():
-    with pytest.raises(RewardError, match="reward function f - names must differ"):
-        score([("f", format_reward, 1.0), ("f", outcome_reward, 1.0)], ["p"], ["c"], {})
-
-
-def test_an_interrupt_is_not_swallowed():
-    def mine(prompts, completions):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        score({"mine": mine}, ["p"], ["c"], {})
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 9))
+def test_repeated_share_equals_counting_one_by_one(ids, n):
+    seen, repeats, runs = set(), 0, range(len(ids) - n + 1)
+    for first in runs:
+        run = tuple(ids[first : first + n])
+        repeats += run in seen
+        seen.add(run)
+    assert repeated_share(ids, n) == pytest.approx(repeats / len(runs) if runs else 0.0)

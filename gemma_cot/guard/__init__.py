@@ -1,0 +1,1 @@
+"""What keeps rewards honest: hostile completions, a linter, canaries, a sandbox for model code."""
