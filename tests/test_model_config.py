@@ -123,6 +123,18 @@ def test_old_style_scaling_under_its_oldest_key():
     assert cfg.rope_scale_global == 4.0
 
 
+def test_mixed_style_takes_what_rope_parameters_leave_out_from_the_flat_keys():
+    """As transformers reads it: rope_parameters first, then rope_theta and rope_local_base_freq."""
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0},
+        "sliding_attention": {"rope_type": "default"},
+    }
+    mixed = NEW_1B | {"rope_parameters": rope, "rope_theta": 5e5, "rope_local_base_freq": 2e3}
+    cfg = ModelConfig.from_hf(mixed)
+    changes = dict(rope_base_global=5e5, rope_base_local=2e3, rope_scale_global=8.0)
+    assert cfg == dataclasses.replace(GEMMA3_1B, **changes)
+
+
 @pytest.mark.parametrize("name", FAMILY)
 def test_round_trip_through_json(name):
     text = json.dumps(FAMILY[name].to_hf())
@@ -174,6 +186,10 @@ def test_another_architecture_is_refused(kind):
 @pytest.mark.parametrize("key", ["final_logit_softcapping", "attn_logit_softcapping"])
 def test_soft_cap_is_refused(key):
     assert refused("no logit soft-cap", **{key: 30.0})
+
+
+def test_bidirectional_attention_is_refused():
+    assert refused("use_bidirectional_attention must be", use_bidirectional_attention=True)
 
 
 def test_untied_embedding_is_refused():

@@ -39,6 +39,11 @@ FLAGS = flags.FLAGS
 TRAIN_ROWS, EVAL_ROWS = 4000, 849
 BATCH_TOKENS = 4096
 BUFFER_PAIRS = 4096
+# The first pieces, in the order of their ids as in Gemma 3. Other tokenizers (transformers,
+# llama.cpp) cannot read from tokenizer.model that these are never split; they are told below.
+CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>")
+SYMBOLS = ("<mask>", "[multimodal]", *(f"<unused{i}>" for i in range(99)), START_OF_TURN,
+           END_OF_TURN, "\n", "\n\n")  # fmt: skip
 
 
 def write_datasets(out_dir: Path, seed: int) -> set[str]:
@@ -56,7 +61,6 @@ def train_tokenizer(model_dir: Path, seed: int, taken: set[str]) -> None:
     """Train a BPE tokenizer to Gemma 3's conventions on pretraining text; write its HF files."""
     pairs = pretraining_pairs(seed, taken)
     texts = [text for _ in range(20_000) for text in next(pairs)]
-    unused = [f"<unused{i}>" for i in range(99)]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_prefix=str(model_dir / "tokenizer"),
@@ -70,9 +74,7 @@ def train_tokenizer(model_dir: Path, seed: int, taken: set[str]) -> None:
         eos_piece="<eos>",
         bos_piece="<bos>",
         unk_piece="<unk>",
-        user_defined_symbols=[
-            "<mask>", "[multimodal]", *unused, START_OF_TURN, END_OF_TURN, "\n", "\n\n",
-        ],  # fmt: skip
+        user_defined_symbols=list(SYMBOLS),
         byte_fallback=True,
         split_digits=True,
         add_dummy_prefix=False,
@@ -85,19 +87,27 @@ def train_tokenizer(model_dir: Path, seed: int, taken: set[str]) -> None:
         minloglevel=2,
     )
     (model_dir / "tokenizer.vocab").unlink()
-    write_json(
-        model_dir / "tokenizer_config.json",
-        {
-            "tokenizer_class": "GemmaTokenizer",
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "bos_token": "<bos>",
-            "eos_token": "<eos>",
-            "pad_token": "<pad>",
-            "unk_token": "<unk>",
-            "chat_template": CHAT_TEMPLATE,
-        },
-    )
+    write_json(model_dir / "tokenizer_config.json", tokenizer_config())
+
+
+def tokenizer_config() -> dict:
+    """Return what transformers and llama.cpp need to know beside tokenizer.model."""
+    special = {*CONTROL, START_OF_TURN, END_OF_TURN}
+    added = {
+        str(i): {"content": piece, "normalized": False, "special": piece in special}
+        for i, piece in enumerate(CONTROL + SYMBOLS)
+    }
+    return {
+        "tokenizer_class": "GemmaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "added_tokens_decoder": added,
+        "chat_template": CHAT_TEMPLATE,
+    }
 
 
 def batches(tokenizer: Tokenizer, seed: int, taken: set[str]) -> Iterator[tuple[np.ndarray, ...]]:

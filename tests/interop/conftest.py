@@ -35,7 +35,7 @@ def randomise(model, seed: int):
     with torch.no_grad():
         for weight in model.parameters():
             scale = 0.2 if weight.ndim == 1 else weight.shape[-1] ** -0.5
-            weight.copy_(scale * torch.randn(weight.shape, generator=generator))
+            weight.normal_(0, scale, generator=generator)
     return model.eval()
 
 

@@ -18,7 +18,8 @@ from gemma_cot.grpo.reward import TAGS, format_reward, outcome_reward, process_r
 from gemma_cot.tasks.arithmetic import Step, spell, worked_out
 from gemma_cot.tasks.dataset import drill, make_row, pretraining_pairs, unique_rows
 from gemma_cot.tasks.families import FAMILIES, draw_problem
-from gemma_cot.tasks.pretrain import EVAL_ROWS, TRAIN_ROWS, write_datasets
+from gemma_cot.tasks.pretrain import EVAL_ROWS, TRAIN_ROWS, tokenizer_config, write_datasets
+from gemma_cot.tokenizer import load_tokenizer
 
 DRAWS = 1000
 ALL_FAMILIES = sorted({f for family in FAMILIES.values() for f in family}, key=lambda f: f.__name__)
@@ -206,3 +207,11 @@ def test_drills_are_bare_calculations():
         assert f"{question} = " in solution
         kinds.add(op)
     assert kinds == {"*", "+", "-"}
+
+
+def test_the_embedded_tokenizer_config_is_what_the_script_writes():
+    with open(f"{embedded('tiny_model')}/tokenizer_config.json", encoding="utf-8") as file:
+        assert json.load(file) == tokenizer_config()
+    pieces = load_tokenizer(embedded("tiny_model")).processor.id_to_piece
+    for i, token in tokenizer_config()["added_tokens_decoder"].items():
+        assert pieces(int(i)) == token["content"]
