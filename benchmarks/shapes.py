@@ -1,0 +1,87 @@
+"""What the scripts of this folder share: shapes, random tokens, timing, memory, one JSON line.
+
+Standard library and NumPy only: the peers' scripts run in environments without JAX or torch.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib import metadata
+
+import numpy as np
+
+# Gemma 3 text towers: every sixth layer global, the others see 512 positions.
+SHAPES = {
+    "small": dict(
+        num_layers=6, embed_dim=256, num_heads=4, num_kv_heads=1, head_dim=64, mlp_dim=1024,
+        vocab_size=8192,
+    ),
+    "1b": dict(
+        num_layers=26, embed_dim=1152, num_heads=4, num_kv_heads=1, head_dim=256, mlp_dim=6912,
+        vocab_size=262_144,
+    ),
+}  # fmt: skip
+WINDOW = 512
+GROUP, RANK, BETA, TEMPERATURE = 4, 32, 0.04, 0.9
+WORKS = ("forward", "sample", "logprobs", "update", "iteration")
+
+
+def parse(who: str) -> argparse.Namespace:
+    """Read the flags that every script of a peer has."""
+    parser = argparse.ArgumentParser(description=f"Time one piece of work of {who}.")
+    parser.add_argument("--work", choices=WORKS, required=True)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="small")
+    parser.add_argument("--rows", type=int, default=4, help="sequences; 4 to a prompt")
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=512, help="tokens of a completion")
+    parser.add_argument("--repeats", type=int, default=3)
+    return parser.parse_args()
+
+
+def tokens(flags: argparse.Namespace, seed: int = 0) -> np.ndarray:
+    """Return int32 rows [rows, prompt + new]; the 4 rows of a group share their prompt."""
+    rng = np.random.default_rng(seed)
+    vocab = SHAPES[flags.shape]["vocab_size"]
+    prompt = rng.integers(10, vocab, (max(1, flags.rows // GROUP), flags.prompt))
+    prompt = np.repeat(prompt, GROUP, axis=0)[: flags.rows]
+    completion = rng.integers(10, vocab, (flags.rows, flags.new))
+    return np.concatenate([prompt, completion], axis=1).astype(np.int32)
+
+
+def seconds(work: Callable, repeats: int) -> dict:
+    """Return first call and median, minimum, maximum of `repeats` more; `work` blocks."""
+    began = time.perf_counter()
+    work()
+    first = time.perf_counter() - began
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return spread(times) | {"first_call_s": first}
+
+
+def spread(times: list[float]) -> dict:
+    """Return median, minimum and maximum of times in seconds."""
+    return {"median_s": statistics.median(times), "min_s": min(times), "max_s": max(times)}
+
+
+def peak_gib() -> float:
+    """Return the peak resident memory of this process, GiB."""
+    with open("/proc/self/status") as file:
+        (line,) = (line for line in file if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**20
+
+
+def emit(who: str, flags: argparse.Namespace, packages: tuple[str, ...], figures: dict) -> None:
+    """Print one JSON line."""
+    record = {
+        "who": who, **vars(flags), **figures, "peak_gib": peak_gib(),
+        "cpus": len(os.sched_getaffinity(0)), "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in packages},
+    }  # fmt: skip
+    print(json.dumps(record, default=float), flush=True)
