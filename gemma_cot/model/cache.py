@@ -46,6 +46,15 @@ def new_cache(kv_LPSKH: tuple, start_P: jax.Array, num_rows: int, max_new_tokens
     return Cache(k_LPSKH, v_LPSKH, tail, tail, start_P, jnp.zeros((P,), jnp.int32))
 
 
+def widen(cache: Cache, ring: int) -> Cache:
+    """Return the cache with tails of `ring` columns; no tail may have run over its end before."""
+    more = [(0, 0), (0, 0), (0, ring - cache.tail_k_LBSKH.shape[2]), (0, 0), (0, 0)]
+    return cache.replace(
+        tail_k_LBSKH=jnp.pad(cache.tail_k_LBSKH, more),
+        tail_v_LBSKH=jnp.pad(cache.tail_v_LBSKH, more),
+    )
+
+
 def decode_masks(cache: Cache, clock: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
     """Return (prompt_2PS, tail_2PS), True = visible to the token of `clock`; [0] local, [1] global.
 

@@ -17,10 +17,11 @@ import numpy as np
 
 from gemma_cot.axes import per_device
 from gemma_cot.config import ModelConfig
-from gemma_cot.model.cache import Cache, decode_step, new_cache, prefill
+from gemma_cot.model.cache import Cache, decode_step, new_cache, prefill, widen
 from gemma_cot.model.params import Params
 
 REFILL_SHARE = 8  # rows that wait are let in when at least 1/8 of the slots are idle
+TAIL_STEP = 128  # rows that all begin at once have tails that grow by this many columns
 
 
 @flax.struct.dataclass
@@ -150,8 +151,9 @@ def begin(queue: Queue, loop: Loop, temperature: float, stop_ids: tuple[int, ...
     return record(loop, drawn, new_B, stop_ids)
 
 
-def idle_loop(queue: Queue, B: int, T: int) -> Loop:
-    """Return the loop before its first row: B idle slots, rows of at most T tokens."""
+def idle_loop(queue: Queue, B: int, ring: int, T: int) -> Loop:
+    """Return the loop before its first row: B idle slots with tails of `ring` columns, rows of at
+    most T tokens."""
     N = len(queue.key_N)
     kv, start = queue.kv_LPSKH, queue.start_P
     if B < N:
@@ -165,7 +167,7 @@ def idle_loop(queue: Queue, B: int, T: int) -> Loop:
         began_B=zeros_B,
         done_B=jnp.ones((B,), bool),
         token_B=zeros_B,
-        cache=new_cache(kv, start, B, T),
+        cache=new_cache(kv, start, B, ring),
         tokens_NT=jnp.zeros((N, T), jnp.int32),
         logp_NT=jnp.zeros((N, T), jnp.float32),
         length_N=jnp.zeros((N,), jnp.int32),
@@ -201,22 +203,29 @@ def sample_rows(
         drawn = draw_next(queue, loop, logits_BV, temperature)
         return record(loop, drawn, ~loop.done_B, stop_ids)
 
-    def goes_on(loop: Loop) -> jax.Array:
-        idle = loop.done_B.sum()
-        let_in = (loop.next_row < N) & (idle >= max(1, B // REFILL_SHARE))
-        return (idle < B) & ~let_in
+    def fill(loop: Loop) -> Loop:
+        return begin(queue, loop, temperature, stop_ids)
 
-    def fill_and_decode(loop: Loop) -> Loop:
-        return jax.lax.while_loop(goes_on, decode, begin(queue, loop, temperature, stop_ids))
+    if B == N:  # one loop per width of the tails: short completions read short tails
+        widths = [*range(TAIL_STEP, max_new_tokens - TAIL_STEP // 2, TAIL_STEP), max_new_tokens]
+        loop = fill(idle_loop(queue, B, widths[0], max_new_tokens))
+        for width in widths:
+            loop = loop.replace(cache=widen(loop.cache, width))
+            loop = jax.lax.while_loop(
+                lambda loop, width=width: (loop.clock < width) & ~loop.done_B.all(), decode, loop
+            )
+    else:  # one loop, in which waiting rows are let in
 
-    def unfinished(loop: Loop) -> jax.Array:
-        return (loop.next_row < N) | ~loop.done_B.all()
+        def goes_on(loop: Loop) -> jax.Array:
+            idle = loop.done_B.sum()
+            let_in = (loop.next_row < N) & (idle >= max(1, B // REFILL_SHARE))
+            return (idle < B) & ~let_in
 
-    loop = idle_loop(queue, B, max_new_tokens)
-    if B == N:
-        loop = fill_and_decode(loop)
-    else:
-        loop = jax.lax.while_loop(unfinished, fill_and_decode, loop)
+        loop = jax.lax.while_loop(
+            lambda loop: (loop.next_row < N) | ~loop.done_B.all(),
+            lambda loop: jax.lax.while_loop(goes_on, decode, fill(loop)),
+            idle_loop(queue, B, max_new_tokens, max_new_tokens),
+        )
     decoded = (loop.length_N - 1).sum().astype(jnp.float32)
     useful = decoded / jnp.maximum(loop.clock * B, 1).astype(jnp.float32)
     outputs = (loop.tokens_NT, loop.logp_NT, loop.length_N, loop.stopped_N)

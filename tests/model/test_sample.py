@@ -15,6 +15,7 @@ import pytest
 from scipy.stats import chi2
 
 from gemma_cot.axes import make_mesh, replicated, sharding_of
+from gemma_cot.model import sample as sample_module
 from gemma_cot.model.gemma import logits
 from gemma_cot.model.logprob import token_logprobs
 from gemma_cot.model.params import param_shapes
@@ -328,3 +329,14 @@ def test_the_useful_share_counts_decode_steps_of_unfinished_rows(varied, cfg, to
     )  # fmt: skip
     np.testing.assert_array_equal(queued.tokens_BT, varied.tokens_BT)
     assert want < 0.85 < queued.useful_B[0]
+
+
+def test_tails_that_grow_change_no_sample(cfg, params, tokens_PT, drawn, monkeypatch):
+    """12 tokens in loops of 4, 8, 12 columns; then a last step too short for its own loop."""
+    for step in (4, 5, 8):
+        monkeypatch.setattr(sample_module, "TAIL_STEP", step)
+        sample.clear_cache()
+        got = run(params, cfg, tokens_PT, START_P)
+        np.testing.assert_array_equal(got.tokens_BT, drawn.tokens_BT)
+        np.testing.assert_allclose(got.logp_BT, drawn.logp_BT, atol=2e-5)
+    sample.clear_cache()
