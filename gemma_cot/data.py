@@ -77,6 +77,11 @@ def parse_row(line: bytes | str, number: int) -> Example:
         json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair (\ud800) is no text
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, bottomless nesting
         raise ValueError(f"must be JSON in UTF-8, got {error}") from None
+    return check_row(row, number)
+
+
+def check_row(row: object, number: int) -> Example:
+    """Turn decoded JSON into an Example. Raises ValueError saying what is wrong with it."""
     if not isinstance(row, dict):
         raise ValueError(f"must be a JSON object, got {type(row).__name__}")
     for key in ("domain", "prompt", "chosen"):

@@ -4,9 +4,9 @@ The same prompts, sampler and reward functions as training. Called by train and 
 flag.
 """
 
-import json
-import os
-from pathlib import Path
+import math
+import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -16,22 +16,36 @@ from gemma_cot.axes import round_up
 from gemma_cot.config import ModelConfig
 from gemma_cot.data import Encoded
 from gemma_cot.grpo.reward import (
+    RewardFunction,
     checkpoint_hits,
     format_reward,
     outcome_reward,
     process_reward,
+    repeated_share,
     split_blocks,
 )
-from gemma_cot.grpo.rollout import completion_texts, reward_columns, sample_prompts
+from gemma_cot.grpo.rollout import (
+    completion_ids,
+    completion_texts,
+    reward_columns,
+    sample_prompts,
+)
 from gemma_cot.model.params import Params
 from gemma_cot.progress import Progress
-from gemma_cot.stats import mcnemar_exact, mean_interval, wilson
+from gemma_cot.scores import budgets, fold_samples, pass_at_k, rate_interval, samples_of
+from gemma_cot.stats import mcnemar_exact, mean_interval
 from gemma_cot.tokenizer import Tokenizer
 
+QUEUE = 4  # calls of the sampler this many times longer than its batch: ends of calls are idle
 RATES = ("full_format_accuracy", "answer_accuracy", "process_score", "truncated_rate")
 
 
-def evaluate_rows(
+def evaluate_rows(*args, **options) -> list[dict]:
+    """Return the results of all rows at once; takes what `evaluate_batches` takes."""
+    return [result for part in evaluate_batches(*args, **options) for result in part]
+
+
+def evaluate_batches(
     params: Params,
     cfg: ModelConfig,
     lora,
@@ -43,71 +57,86 @@ def evaluate_rows(
     max_new_tokens: int,
     batch: int,
     matcher: str,
+    outcome: RewardFunction = outcome_reward,
+    num_completions: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
     label: str = "evaluate",
-) -> list[dict]:
-    """Complete and score every row, greedily at temperature 0. Returns a result per row.
+    done: int = 0,
+) -> Iterator[list[dict]]:
+    """Complete and score every row, greedily at temperature 0; yield results, a row each, in order.
 
-    batch: prompts decoded together, rounded up to the mesh; the last batch is filled up with
-    repeats that are not scored.
+    batch: completions decoded together, over all devices; each call of the sampler takes about
+    `QUEUE` times as many, which wait for a place. The last call is filled up with repeats that are
+    not scored. done: rows that were evaluated before, for the progress bar.
     """
-    batch = min(round_up(batch, mesh.shape["data"]), round_up(len(rows), mesh.shape["data"]))
+    devices, k = mesh.shape["data"], num_completions
+    calls = math.ceil(len(rows) * k / (QUEUE * batch))
+    size = round_up(math.ceil(len(rows) / max(calls, 1)), devices)
     key = jax.random.key(seed)
-    results = []
-    with Progress(label, len(rows)) as progress:
-        for first in range(0, len(rows), batch):
-            part = rows[first : first + batch]
-            filled = [part[i % len(part)] for i in range(batch)]
+    began, tokens = time.monotonic(), 0
+    with Progress(label, done + len(rows), start=done) as progress:
+        for first in range(0, len(rows), max(size, 1)):
+            part = rows[first : first + size]
+            filled = [part[i % len(part)] for i in range(size)]
             samples = jax.device_get(
                 sample_prompts(
                     params, cfg, lora, [row.prompt_ids for row in filled], width, key, mesh,
-                    prompt_ids=[row.example.id for row in filled], num_completions=1,
+                    prompt_ids=[row.example.id for row in filled], num_completions=k,
                     max_new_tokens=max_new_tokens, temperature=temperature,
-                    stop_ids=tokenizer.stop_ids,
+                    stop_ids=tokenizer.stop_ids, slots=math.ceil(batch / devices),
                 )
             )  # fmt: skip
-            count = len(part)
-            texts = completion_texts(
-                tokenizer,
-                samples.tokens_BT[:count],
-                samples.completion_mask_BT[:count],
-                samples.stopped_B[:count],
+            tokens_BT, mask_BT, stopped_B = (
+                array[: len(part) * k]
+                for array in (samples.tokens_BT, samples.completion_mask_BT, samples.stopped_B)
             )
-            lengths = samples.completion_mask_BT[:count].sum(axis=1)
-            results += score_rows(part, texts, lengths, samples.stopped_B[:count], matcher)
-            progress.update(count)
-    return results
+            texts = completion_texts(tokenizer, tokens_BT, mask_BT, stopped_B)
+            ids = completion_ids(tokens_BT, mask_BT)
+            yield score_rows(part, texts, ids, stopped_B, matcher, outcome)
+            tokens += int(mask_BT.sum())
+            rate = tokens / (time.monotonic() - began)
+            progress.update(len(part), f"{rate:.0f} tokens/s")
 
 
 def score_rows(
-    rows: list[Encoded], texts: list[str], lengths: np.ndarray, stopped: np.ndarray, matcher: str
+    rows: list[Encoded], texts: list[str], ids: list[list[int]], stopped: np.ndarray, matcher: str,
+    outcome: RewardFunction = outcome_reward,
 ) -> list[dict]:
-    """Return the result of every row: what was asked, what came, what it scores."""
-    prompts, columns = reward_columns(rows, 1)
+    """Return the result of every row: what was asked, what came, what it scores.
+
+    texts, ids (the tokens, stop token included), stopped: one completion of a row after the other,
+    the same number for each row. Several are scored one by one and together (`fold_samples`).
+    """
+    k = len(texts) // len(rows)
+    prompts, columns = reward_columns(rows, k)
     formats = format_reward(prompts, texts, **columns)
     processes = process_reward(prompts, texts, matcher=matcher, **columns)
-    outcomes = outcome_reward(prompts, texts, **columns)
-    results = []
-    for i, row in enumerate(rows):
-        reasoning = split_blocks(texts[i])[0] or ""
-        checkpoints = row.example.metadata["checkpoints"]
-        results.append(
+    outcomes = outcome(prompts, texts, **columns)
+    samples = []
+    for i, text in enumerate(texts):
+        reasoning = split_blocks(text)[0] or ""
+        checkpoints = columns["metadata"][i]["checkpoints"]
+        samples.append(
             {
-                "id": row.example.id,
-                "domain": row.example.domain,
-                "prompt": row.example.prompt,
-                "completion": texts[i],
+                "completion": text,
                 "format": formats[i],
                 "process": processes[i],
                 "outcome": outcomes[i],
-                "num_tokens": int(lengths[i]),
+                "num_tokens": len(ids[i]),
                 "stop_reason": "stop" if stopped[i] else "length",
-                "checkpoints": len(set(checkpoints)),
+                "repetition": repeated_share(ids[i]),
                 "checkpoints_literal": checkpoint_hits(reasoning, checkpoints, "literal")[0],
                 "checkpoints_normalised": checkpoint_hits(reasoning, checkpoints)[0],
             }
         )
+    results = []
+    for p, row in enumerate(rows):
+        example, own = row.example, samples[p * k : p * k + k]
+        head = {"id": example.id, "domain": example.domain, "prompt": example.prompt}
+        scores = own[0] if k == 1 else fold_samples(own, example.domain)
+        distinct = len(set(example.metadata["checkpoints"]))
+        results.append(head | scores | {"checkpoints": distinct})
     return results
 
 
@@ -126,22 +155,46 @@ def summarise(results: list[dict]) -> dict:
 
 
 def _rates(results: list[dict]) -> dict:
-    n = len(results)
-    counts = {
+    n, k = len(results), max((len(samples_of(r)) for r in results), default=1)
+    truncated = [
+        float(np.mean([sample["stop_reason"] == "length" for sample in samples_of(r)]))
+        for r in results
+    ]
+    answered = [r for r in results if r["outcome"] is not None]
+    rates = {
         "full_format_accuracy": [r["format"] for r in results],
-        "answer_accuracy": [r["outcome"] for r in results if r["outcome"] is not None],
-        "truncated_rate": [float(r["stop_reason"] == "length") for r in results],
+        "answer_accuracy": [r["outcome"] for r in answered],
+        "truncated_rate": truncated,
     }
-    summary: dict = {"n": n}
-    for name, values in counts.items():
-        successes = int(sum(values))
-        summary[name] = successes / max(len(values), 1)
-        summary[f"{name}_interval"] = list(wilson(successes, len(values)))
+    if k > 1:
+        rates["majority_accuracy"] = [r["majority"] for r in answered]
+        for budget in budgets(k):
+            rates[f"pass_at_{budget}"] = [_pass_at(r, budget) for r in answered]
+    summary: dict = {"n": n, "num_completions": k}
+    for name, values in rates.items():
+        summary[name] = sum(values) / max(len(values), 1)
+        summary[f"{name}_interval"] = list(rate_interval(values, k))
     process = [r["process"] for r in results if r["process"] is not None]
-    mean, low, high = mean_interval(process)
-    summary |= {"process_score": mean, "process_score_interval": [low, high]}
-    summary["mean_completion_tokens"] = sum(r["num_tokens"] for r in results) / max(n, 1)
+    lengths = [r["num_tokens"] for r in results]
+    longest = max(lengths, default=0) or 1
+    for name, values, scale in (
+        ("process_score", process, 1),
+        ("repetition_rate", [r["repetition"] for r in results], 1),
+        ("mean_completion_tokens", [length / longest for length in lengths], longest),
+    ):
+        mean, low, high = mean_interval(values)
+        summary |= {name: mean * scale, f"{name}_interval": [low * scale, high * scale]}
+    summary["mean_completion_tokens"] = sum(lengths) / max(n, 1)
+    summary["rows_without"] = {
+        "checkpoints": n - len(process), "gold answer": n - len(answered)
+    }  # fmt: skip
     return summary
+
+
+def _pass_at(result: dict, budget: int) -> float:
+    """Return pass@budget of a row."""
+    samples = samples_of(result)
+    return pass_at_k(len(samples), int(sum(sample["outcome"] for sample in samples)), budget)
 
 
 def compare(before: list[dict], after: list[dict], score: str) -> dict:
@@ -154,21 +207,6 @@ def compare(before: list[dict], after: list[dict], score: str) -> dict:
     gained = sum(1 for a, b in pairs if a == 0 and b == 1)
     lost = sum(1 for a, b in pairs if a == 1 and b == 0)
     return {"gained": gained, "lost": lost, "p_value": mcnemar_exact(lost, gained)}
-
-
-def write_results(path: str | Path, results: list[dict]) -> None:
-    """Write one JSON object per row; the file appears by one rename, whole."""
-    lines = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(path).with_suffix(".tmp")
-    fresh.write_text(lines, encoding="utf-8")
-    os.replace(fresh, path)
-
-
-def read_results(path: str | Path) -> list[dict]:
-    """Read what `write_results` wrote."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")  # U+2028 in a text ends no line
-    return [json.loads(line) for line in lines if line]
 
 
 def table(stages: dict[str, dict], comparisons: dict[str, dict]) -> str:
@@ -191,4 +229,26 @@ def table(stages: dict[str, dict], comparisons: dict[str, dict]) -> str:
             f"{name}: {test['gained']} rows gained, {test['lost']} lost, "
             f"McNemar exact p = {test['p_value']:.2g}"
         )
-    return "\n".join(lines)
+    return "\n".join(lines + alarms(comparisons))
+
+
+def alarms(comparisons: dict[str, dict]) -> list[str]:
+    """Return a line for every two stages between which the format rose while the answers fell.
+
+    comparisons: `compare` by "BEFORE -> AFTER, full format" and "BEFORE -> AFTER, answer".
+    """
+    lines = []
+    for name, form in comparisons.items():
+        pair, _, kind = name.partition(", ")
+        answer = comparisons.get(f"{pair}, answer")
+        if kind != "full format" or answer is None:
+            continue
+        if form["gained"] > form["lost"] and answer["lost"] > answer["gained"]:
+            p_value = answer["p_value"]
+            lines.append(
+                f"ALARM: {pair}: format rises while answers fall"
+                f"{'' if p_value < 0.05 else f' (perhaps by chance, p = {p_value:.2g})'}: the "
+                "policy learns to look right. Try a lower --format_weight, a higher "
+                "--outcome_weight or --beta, or fewer --grpo_steps, and read eval/*.jsonl"
+            )
+    return lines

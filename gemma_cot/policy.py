@@ -98,18 +98,32 @@ def load_policy(values: flags.FlagValues) -> Policy:
     return Policy(cfg, params, lora, tokenizer, mesh, *(recipe[name] for name in names))
 
 
-def mesh_for(text: str, cfg: ModelConfig, dtype: str, batches: tuple[int, ...] = ()) -> Mesh:
-    """Return the mesh that `--mesh` asks for over all devices; "auto" suits the model and `batches`
-    (numbers of rows that `data` must divide). Raises ValueError when the model cannot be cut so.
+def mesh_for(
+    text: str,
+    cfg: ModelConfig,
+    dtype: str,
+    batches: tuple[int, ...] = (),
+    devices: list | None = None,
+    memory: float | None = None,
+) -> Mesh:
+    """Return the mesh that `--mesh` asks for over `devices` (None: all); "auto" suits the model,
+    their `memory` in bytes (None: ask them) and `batches` (numbers of rows that data must divide).
+
+    Raises ValueError when the model cannot be cut so.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if text == "auto":
-        memory = (devices[0].memory_stats() or {}).get("bytes_limit", float("inf"))
+        memory = device_memory(devices[0]) if memory is None else memory
         weight_bytes = num_params(cfg) * jnp.dtype(dtype).itemsize
         text = auto_mesh(len(devices), cfg.sizes, weight_bytes, memory, batches)
     mesh = make_mesh(text, devices)
     check_mesh(mesh, cfg.sizes)
     return mesh
+
+
+def device_memory(device: jax.Device) -> float:
+    """Return the bytes that programs may have of a device; infinity where it does not say (CPU)."""
+    return (device.memory_stats() or {}).get("bytes_limit", float("inf"))
 
 
 def resolve_dtype(dtype: str) -> str:

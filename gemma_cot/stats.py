@@ -10,12 +10,13 @@ from collections.abc import Sequence
 Z95 = 1.959964
 
 
-def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
+def wilson(successes: float, n: float, z: float = Z95) -> tuple[float, float]:
     """Return the Wilson score interval (low, high) of a rate of `successes` out of `n`.
 
     (p + z²/2n ± z·sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n), E. B. Wilson, "Probable inference, the
     law of succession, and statistical inference", JASA 22 (1927) 209-212. n = 0 gives (0, 1):
-    nothing is known. Raises ValueError unless 0 <= successes <= n.
+    nothing is known. Counts may be effective ones, no whole numbers. Raises ValueError unless
+    0 <= successes <= n.
     """
     if not 0 <= successes <= n:
         raise ValueError(

@@ -18,14 +18,7 @@ from gemma_cot import cli
 from gemma_cot.config import TrainConfig
 from gemma_cot.curves import draw_curves
 from gemma_cot.data import indices_for_step, target_width
-from gemma_cot.evaluation import (
-    compare,
-    evaluate_rows,
-    read_results,
-    summarise,
-    table,
-    write_results,
-)
+from gemma_cot.evaluation import compare, evaluate_rows, summarise, table
 from gemma_cot.grpo.rollout import Rollout, rollout_metrics, sample_prompts
 from gemma_cot.grpo.step import (
     add_advantages,
@@ -41,6 +34,7 @@ from gemma_cot.model.params import num_params
 from gemma_cot.optim import init_state, make_optimizer, make_schedule, split_batch
 from gemma_cot.policy import write_recipe
 from gemma_cot.progress import Progress
+from gemma_cot.results import read_results, write_results
 from gemma_cot.run import Run, open_run, prepare
 from gemma_cot.settings import config_from_flags, define_flags
 from gemma_cot.sft import make_sft_step, sft_batch

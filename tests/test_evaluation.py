@@ -1,16 +1,15 @@
-"""Summaries of hand-made results, the paired test, the printed table, and files that come back."""
+"""Summaries of hand-made results, the paired test, the printed table, several completions."""
 
 import pytest
 
 from gemma_cot.data import Encoded, Example
 from gemma_cot.evaluation import (
     RATES,
+    alarms,
     compare,
-    read_results,
     score_rows,
     summarise,
     table,
-    write_results,
 )
 from gemma_cot.stats import mcnemar_exact, mean_interval, wilson
 
@@ -27,6 +26,7 @@ def result(number: int, **changes) -> dict:
         "outcome": 1.0,
         "num_tokens": 10,
         "stop_reason": "stop",
+        "repetition": 0.25,
         "checkpoints": 2,
         "checkpoints_literal": 1,
         "checkpoints_normalised": 2,
@@ -54,11 +54,13 @@ def test_rows_are_scored_on_their_own_gold():
     ]
     rows = [Encoded(example, [2], [1]) for example in examples]
     texts = ["<reasoning>3+4=7, 7 * 2 = 14.</reasoning><answer>14</answer>", "no tags"]
-    first, second = score_rows(rows, texts, [9, 3], [True, False], "normalised")
+    first, second = score_rows(
+        rows, texts, [[7] * 10, [1, 2, 3]], [True, False], "normalised"
+    )
     assert first == {
         "id": 5, "domain": "math", "prompt": "How many?", "completion": texts[0], "format": 1.0,
-        "process": 0.4, "outcome": 1.0, "num_tokens": 9, "stop_reason": "stop", "checkpoints": 2,
-        "checkpoints_literal": 1, "checkpoints_normalised": 2,
+        "process": 0.4, "outcome": 1.0, "num_tokens": 10, "stop_reason": "stop", "checkpoints": 2,
+        "checkpoints_literal": 1, "checkpoints_normalised": 2, "repetition": pytest.approx(2 / 3),
     }  # fmt: skip
     # no checkpoints and a blank gold: these rewards do not apply; that is None and never 0
     assert (second["format"], second["process"], second["outcome"]) == (0.0, None, None)
@@ -69,8 +71,31 @@ def test_the_literal_matcher_is_honoured():
     metadata = {"checkpoints": ["3 + 4 = 7"], "final_answer": "7"}
     rows = [Encoded(Example(1, "math", "p", "", metadata, {}), [2], [1])]
     text = ["<reasoning>3+4=7</reasoning><answer>7</answer>"]
-    scores = [score_rows(rows, text, [9], [True], m)[0] for m in ("literal", "normalised")]
+    scores = [score_rows(rows, text, [[9]], [True], m)[0] for m in ("literal", "normalised")]
     assert [score["process"] for score in scores] == [0.0, 0.2]
+
+
+def test_several_completions_of_a_row_are_scored_one_by_one_and_together():
+    metadata = {"checkpoints": ["3 + 4 = 7"], "final_answer": "7"}
+    rows = [Encoded(Example(i, "math", f"p{i}", "", metadata, {}), [2], [1]) for i in (5, 6)]
+    right, wrong = (f"<reasoning>3 + 4 = 7</reasoning><answer>{a}</answer>" for a in (7, 8))
+    texts = [right, wrong, "no tags", right, wrong, wrong]
+    stopped = [True, True, False, True, True, True]
+    results = score_rows(rows, texts, [[9]] * 6, stopped, "literal")
+    assert [r["id"] for r in results] == [5, 6]
+    assert [r["outcome"] for r in results] == pytest.approx([1 / 3, 1 / 3])
+    assert [r["majority"] for r in results] == [1.0, 0.0]
+    assert [s["completion"] for r in results for s in r["samples"]] == texts
+    summary = summarise(results)
+    assert (summary["n"], summary["num_completions"]) == (2, 3)
+    assert summary["truncated_rate"] == pytest.approx(1 / 6)
+    assert summary["full_format_accuracy"] == pytest.approx(5 / 6)
+    assert summary["majority_accuracy"] == 0.5
+    # one of three right: 1/3 with one draw, 2/3 with two, 1 with three
+    assert [summary[f"pass_at_{k}"] for k in (1, 2, 3)] == pytest.approx([1 / 3, 2 / 3, 1])
+    # 5 of 6 completions hold the only checkpoint of their row
+    assert summary["checkpoint_rate_literal"] == pytest.approx(5 / 6)
+    assert summary["domains"]["math"]["pass_at_2"] == pytest.approx(2 / 3)
 
 
 # ---- summary ------------------------------------------------------------------------------------
@@ -90,6 +115,9 @@ def test_summary_of_hand_made_results():
     assert summary["process_score"] == pytest.approx(0.8 / 3) == pytest.approx(mean)
     assert summary["process_score_interval"] == [low, high]
     assert summary["mean_completion_tokens"] == 16.0  # (10 + 30 + 10 + 14) / 4
+    # s = sqrt((36 + 196 + 36 + 4) / 3) = 9.522, 1.96 s / 2 = 9.331
+    assert summary["mean_completion_tokens_interval"] == pytest.approx([6.669, 25.331], abs=1e-3)
+    assert summary["repetition_rate"] == 0.25
     assert summary["checkpoint_rate_literal"] == pytest.approx(2 / 6)
     assert summary["checkpoint_rate_normalised"] == pytest.approx(4 / 6)
 
@@ -115,6 +143,10 @@ def test_rewards_that_apply_nowhere_give_zero_and_know_nothing():
     summary = summarise([result(1, outcome=None, process=None, checkpoints=0)])
     assert summary["answer_accuracy"] == 0.0 and summary["answer_accuracy_interval"] == [0.0, 1.0]
     assert summary["process_score"] == 0.0 and summary["process_score_interval"] == [0.0, 1.0]
+
+
+def test_rows_to_which_a_reward_does_not_apply_are_counted():
+    assert summarise(RESULTS)["rows_without"] == {"checkpoints": 1, "gold answer": 1}
 
 
 # ---- paired test --------------------------------------------------------------------------------
@@ -161,21 +193,35 @@ def test_table_as_text():
     ]
 
 
-# ---- files --------------------------------------------------------------------------------------
+# ---- the alarm ----------------------------------------------------------------------------------
 
 
-def test_results_come_back_as_they_were(tmp_path):
-    """Whatever a model writes: line separators of Unicode and of ASCII, quotes, None scores."""
-    odd = ["a\nb\r\nc", "\u2028 and \u2029 and \u0085", "\x0b\x0c\x1c\x1d\x1e", '"\\', ""]
-    rows = [result(i, completion=text, outcome=None) for i, text in enumerate(odd)]
-    path = tmp_path / "eval" / "base.jsonl"
-    write_results(path, rows)
-    assert read_results(path) == rows
-    assert [item.name for item in path.parent.iterdir()] == ["base.jsonl"]  # nothing half-written
-    write_results(path, rows[:1])
-    assert read_results(path) == rows[:1]
+def stage(form: int, answer: int) -> list[dict]:
+    """Return 300 results of which the first `form` keep the format and `answer` are right."""
+    return [result(i, format=float(i < form), outcome=float(i < answer)) for i in range(300)]
 
 
-def test_no_results_come_back_as_none(tmp_path):
-    write_results(tmp_path / "none.jsonl", [])
-    assert read_results(tmp_path / "none.jsonl") == []
+def compared(before: list[dict], after: list[dict]) -> dict:
+    columns = (("full format", "format"), ("answer", "outcome"))
+    return {f"sft -> grpo, {name}": compare(before, after, column) for name, column in columns}
+
+
+def test_an_alarm_when_the_format_rises_while_answers_fall():
+    (line,) = alarms(compared(stage(195, 159), stage(273, 147)))  # 65 -> 91 %, 53 -> 49 %
+    assert line.startswith("ALARM: sft -> grpo: format rises while answers fall: ")
+    assert "--format_weight" in line and "\n" not in line
+    text = table({"sft": summarise(stage(195, 159))}, compared(stage(195, 159), stage(273, 147)))
+    assert text.splitlines()[-1] == line
+
+
+def test_the_alarm_says_when_it_may_be_chance():
+    (line,) = alarms(compared(stage(299, 160), stage(300, 159)))  # one row each
+    assert line.startswith("ALARM: sft -> grpo: format rises while answers fall (perhaps by chance")
+    assert "p = 1)" in line
+
+
+@pytest.mark.parametrize("after", [
+    (273, 159), (273, 170), (195, 147), (150, 100), (195, 159), (150, 170),
+])  # fmt: skip
+def test_no_alarm_where_only_one_of_them_moves_or_both_move_together(after):
+    assert alarms(compared(stage(195, 159), stage(*after))) == []

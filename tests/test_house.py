@@ -13,22 +13,27 @@ TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 # A module may import modules of a lower level, and modules to its left on its own level.
 LEVELS = [
     ["axes", "config", "settings", "stats", "progress", "metrics", "curves", "checkpoint",
-     "grpo.answer", "grpo.reward", "grpo.loss", "tasks.arithmetic", "tasks.families",
+     "grpo.answer", "grpo.reward", "grpo.loss", "scores", "tasks.arithmetic", "tasks.families",
      "tasks.dataset"],
-    ["tokenizer", "data", "optim", "model.params", "model.load", "model.layers", "model.kernels",
-     "model.kernels.tiles", "model.kernels.logprob", "model.kernels.prefill",
+    ["tokenizer", "results", "data", "optim", "model.params", "model.load", "model.layers",
+     "model.kernels", "model.kernels.tiles", "model.kernels.logprob", "model.kernels.prefill",
      "model.kernels.decode", "model.gemma", "model.logprob", "model.cache", "model.sample",
      "model.kernels.reference"],
     ["lora.lora", "lora.peft", "lora", "testing.outcome", "testing.kernels",
      "testing.losses", "testing"],
-    ["policy", "sft", "grpo.rollout", "grpo.step", "evaluation", "run", "cli",
-     "prepare.convert", "prepare.filters", "prepare.card", "prepare.pipeline",
+    ["policy", "sft", "grpo.rollout", "grpo.step", "evaluation",
+     "guard.user", "guard.corpus", "guard.lint", "guard.canaries", "guard.jail", "guard.sandbox",
+     "guard.symbolic", "run", "cli",
+     "prepare.convert", "prepare.spool", "prepare.filters", "prepare.rates", "prepare.card",
+     "prepare.pipeline",
      "distill.settings", "distill.template", "distill.answer", "distill.journal",
      "distill.teacher", "distill.collect", "distill.pipeline",
-     "serve.request", "serve.engine", "serve.app"],
+     "serve.request", "serve.engine", "serve.app",
+     "plan.chips", "plan.cost", "plan.programs", "plan.accounts", "plan.clock", "plan.fit"],
 ]  # fmt: skip
 COMMANDS = ["train", "evaluate", "generate", "export", "doctor", "tasks.pretrain",
-            "prepare.__main__", "distill.command", "distill.__main__", "serve.__main__"]  # fmt: skip
+            "prepare.__main__", "distill.command", "distill.__main__",
+            "serve.__main__", "plan.__main__"]  # fmt: skip
 ORDER = {name: i for i, name in enumerate(name for level in LEVELS for name in level)}
 MAX_FILE, MAX_FUNCTION = 425, 60
 
@@ -62,7 +67,7 @@ def test_imports_point_down(path):
         upwards = {other for other in our_imports(path) if ORDER.get(other, 999) >= ORDER[name]}
         assert not upwards, f"{name} may not import {upwards}"
     else:
-        rooms = ("", "grpo", "model", "tasks", "prepare", "distill", "serve")
+        rooms = ("", "grpo", "model", "tasks", "prepare", "distill", "guard", "serve", "plan")
         assert name in rooms, f"{name} has no place in LEVELS"
         assert not our_imports(path)
 
@@ -77,7 +82,7 @@ def test_rooms_keep_to_themselves():
         if name.startswith("model."):
             strangers = ("lora", "grpo", "tokenizer", "optim", "data")
             assert not {other for other in imports if other.split(".")[0] in strangers}
-        for room in ("tasks", "prepare", "distill", "serve"):  # tools that the core never imports
+        for room in ("tasks", "prepare", "distill", "serve", "plan"):  # never imported by the core
             if not name.startswith((room, "testing", "distill" if room == "prepare" else room)):
                 assert not {other for other in imports if other.startswith(room)}
 
@@ -118,7 +123,7 @@ def test_the_core_stays_an_afternoon_of_reading():
     core = [path for path, name in names.items()
             if name.split(".")[0] in rooms and not name.startswith(tools)]  # fmt: skip
     lines = sum(path.read_text().count("\n") for path in core)
-    assert lines <= 3300, f"the core has {lines} lines"
+    assert lines <= 3500, f"the core has {lines} lines"
 
 
 def asserts(node: ast.FunctionDef, helpers: set[str]) -> bool:

@@ -14,11 +14,11 @@ import pytest
 
 from gemma_cot import train
 from gemma_cot.config import PRESETS, TrainConfig, embedded
-from gemma_cot.evaluation import read_results
 from gemma_cot.grpo.reward import RewardError
 from gemma_cot.lora import load_peft, merge
 from gemma_cot.metrics import METRICS, read_metrics
 from gemma_cot.model.load import load_pretrained
+from gemma_cot.results import read_results
 
 USER_REWARD = """
 calls, fail_at = 0, None

@@ -45,5 +45,14 @@ if __name__ == "__main__":
     flags.DEFINE_float("max_similarity", 0.8, "Jaccard index of 8-grams above which rows repeat.")
     flags.DEFINE_float("eval_share", 0.0, "Share of prompts, by hash, that goes to eval.jsonl.")
     flags.DEFINE_string("tasks", "", "MBPP only: FIRST-LAST task number; empty: all.")
+    flags.DEFINE_multi_string(
+        "pass_rates", [], "Result file of evaluate --num_completions=K: drop rows by pass rate."
+    )
+    flags.DEFINE_float("pass_rate_min", 0.01, "Lowest pass rate kept; 0.01: not never right.")
+    flags.DEFINE_float("pass_rate_max", 0.99, "Highest pass rate kept; 0.99: not always right.")
+    flags.DEFINE_enum(
+        "unmeasured", "keep", ["keep", "drop"], "Rows whose prompt --pass_rates does not hold."
+    )
+    flags.DEFINE_enum("order", "input", ["input", "pass_rate"], "pass_rate: easiest first.")
     flags.DEFINE_enum("on_bad_row", "fail", ["fail", "skip"], "A row that breaks its format.")
     cli.run(main)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
-from gemma_cot.data import parse_row
+from gemma_cot.data import check_row
 
 
 class Rejected(Exception):
@@ -72,6 +72,9 @@ def parse_object(text: str | bytes) -> dict:
     """Return the JSON object that `text` is. Raises Rejected."""
     try:
         row = json.loads(text)
+        raw = text if isinstance(text, bytes) else text.encode()
+        if b"\\ud" in raw.lower():  # perhaps half a surrogate pair, which is no text
+            json.dumps(row, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise Rejected("bad_json", f"must be JSON in UTF-8, got {error}", is_bad=True) from None
     if not isinstance(row, dict):
@@ -158,8 +161,9 @@ def write_equations(solution: str) -> tuple[str, list[str]]:
 
 def _is_same(said: str, value: str) -> bool:
     """Return whether two numbers in digits are equal: `2,000.0` and `2000`."""
+    said = said.replace(",", "")
     try:
-        return Fraction(said.replace(",", "")) == Fraction(value)
+        return said == value or Fraction(said) == Fraction(value)
     except (ValueError, ZeroDivisionError):
         return False
 
@@ -351,7 +355,7 @@ def _instruction_layout(row: dict) -> tuple[str, list[str], int]:
 def ours(row: dict, source: str) -> Iterator[dict]:
     """Pass on a row that is in our schema already; further keys are kept."""
     try:
-        parse_row(json.dumps(row), 0)
+        check_row(row, 0)
     except ValueError as error:
         raise Rejected("bad_schema", str(error), is_bad=True) from None
     yield {"source": source} | row

@@ -1,6 +1,6 @@
 """What a row must pass: the checks of its content, overlap with test sets, repeats; and its split.
 
-Pure functions on rows and arrays of 8-gram hashes; only hashes are kept in memory.
+Pure functions on rows and arrays of 8-gram hashes.
 """
 
 import re
@@ -14,8 +14,12 @@ import numpy as np
 from gemma_cot.grpo.answer import answers_match
 from gemma_cot.grpo.reward import checkpoint_hits, has_format, split_blocks
 from gemma_cot.prepare.convert import Rejected, question_of, split_key
+from gemma_cot.prepare.spool import GramFile
 
 GRAM = 8
+PART = 1 << 19  # grams sorted at a time
+# A gram's hash is a polynomial in the hashes of its words, in 64-bit arithmetic that wraps around.
+_POWERS = np.array([pow(0x9E3779B97F4A7C15, k, 1 << 64) for k in range(GRAM)], np.uint64)
 _PROSE, _CODE = re.compile(r"\w+|[-+*/=<>%^]"), re.compile(r"\w+|[^\w\s]")
 
 
@@ -50,12 +54,10 @@ def _token_hash(token: str) -> int:
 def grams(domain: str, text: str) -> np.ndarray:
     """Return the sorted hashes (uint64) of the distinct 8-grams; a shorter text is one gram."""
     words = _CODE.findall(text) if domain == "code" else _PROSE.findall(text.casefold())
-    hashes = np.array([_token_hash(word) for word in words], np.uint64)
-    count = max(len(words) - GRAM + 1, 1)
-    total = np.zeros(count, np.uint64)
-    for k in range(min(GRAM, len(words))):  # a polynomial in 64-bit arithmetic that wraps around
-        total = total * np.uint64(0x9E3779B97F4A7C15) + hashes[k : k + count]
-    return np.unique(total)
+    hashes = np.fromiter(map(_token_hash, words), np.uint64, len(words))
+    if not words:
+        return np.zeros(1, np.uint64)
+    return np.unique(np.convolve(hashes, _POWERS[: len(words)], "valid"))
 
 
 class TestQuestions:
@@ -83,20 +85,23 @@ class TestQuestions:
             raise Rejected("overlaps_test_set", f"{shared} of {len(own)} 8-grams in --against")
 
 
-def near_duplicates(rows: Sequence[np.ndarray], threshold: float) -> dict[int, int]:
+def near_duplicates(rows: Sequence[np.ndarray] | GramFile, threshold: float) -> dict[int, int]:
     """Return {row: the earlier kept row whose Jaccard index with it is above `threshold`}.
 
     Exact, by prefix filtering: sets that similar share one of the rarest n - ceil(t n) + 1 grams of
-    each, so only those are indexed, and a gram that occurs once never needs to be.
+    each, so only those are indexed, and a gram that occurs once never needs to be. A `GramFile`
+    keeps the rows on disk; memory then grows with what repeats.
     """
-    if not rows:
-        return {}
-    names, counts = np.unique(np.concatenate(rows), return_counts=True)
+    names, counts = repeated_grams(rows)
     index: dict[int, list[int]] = {}
     repeats = {}
-    for i, own in enumerate(rows):
+    for i in range(len(rows) if len(names) else 0):
+        own = rows[i]
         n = len(own)
-        frequency = counts[np.searchsorted(names, own)]
+        at = np.minimum(np.searchsorted(names, own), len(names) - 1)
+        frequency = np.where(names[at] == own, counts[at], 1)
+        if frequency.max() == 1:
+            continue
         prefix = np.lexsort((own, frequency))[: n - ceil(threshold * n - 1e-9) + 1]
         keys = [int(own[j]) for j in prefix if frequency[j] > 1]
         near = sorted({other for key in keys for other in index.get(key, ())})
@@ -112,6 +117,22 @@ def near_duplicates(rows: Sequence[np.ndarray], threshold: float) -> dict[int, i
             for key in keys:
                 index.setdefault(key, []).append(i)
     return repeats
+
+
+def repeated_grams(rows: Sequence[np.ndarray] | GramFile) -> tuple[np.ndarray, np.ndarray]:
+    """Return (hashes that occur in several rows, sorted; in how many).
+
+    Goes over all grams once for every `PART` of them, so that at most about as many are held.
+    """
+    blocks = rows.blocks if isinstance(rows, GramFile) else lambda: iter(rows)
+    passes = sum(map(len, blocks())) // PART + 1
+    bounds = [k * 2**64 // passes for k in range(passes + 1)]
+    found = [(np.zeros(0, np.uint64), np.zeros(0, np.int64))]
+    for low, high in zip(bounds, bounds[1:], strict=False):
+        inside = [b[(b >= np.uint64(low)) & (b <= np.uint64(high - 1))] for b in blocks()]
+        names, counts = np.unique(np.concatenate([found[0][0], *inside]), return_counts=True)
+        found.append((names[counts > 1], counts[counts > 1]))
+    return tuple(np.concatenate(column) for column in zip(*found, strict=True))
 
 
 def in_eval(prompt: str, eval_share: float) -> bool:

@@ -1,18 +1,19 @@
 """From input files to an output folder: convert, check, filter, split, write; all or nothing.
 
 Rows stream through a temporary folder beside the output, which is renamed at the end; memory holds
-hashes and lengths only. Called by the command; prints nothing but the progress bar.
+8 bytes a row, counts, and what repeats. Called by the command; prints nothing but the progress bar.
 """
 
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from os import getpid
 from pathlib import Path
 from typing import TextIO
 
-from gemma_cot.data import parse_row
+from gemma_cot.data import check_row
 from gemma_cot.prepare.card import Report, lengths_svg, markdown
 from gemma_cot.prepare.convert import DATASETS, Rejected, parse_object, read_rows
 from gemma_cot.prepare.filters import (
@@ -23,6 +24,8 @@ from gemma_cot.prepare.filters import (
     near_duplicates,
     text_key,
 )
+from gemma_cot.prepare.rates import add_rate, order_by_rate, read_rates
+from gemma_cot.prepare.spool import GramFile, Seen
 from gemma_cot.progress import Progress
 from gemma_cot.tokenizer import Tokenizer, encode_prompt, encode_target
 
@@ -44,6 +47,11 @@ class Settings:
     eval_share: float
     tasks: str
     on_bad_row: str
+    pass_rates: tuple[str, ...] = ()
+    pass_rate_min: float = 0.01
+    pass_rate_max: float = 0.99
+    unmeasured: str = "keep"
+    order: str = "input"
 
 
 def check_settings(cfg: Settings) -> None:
@@ -51,12 +59,15 @@ def check_settings(cfg: Settings) -> None:
     for name in ("dataset", "input", "output"):
         if not getattr(cfg, name):
             raise ValueError(f"--{name}: must be given, got nothing; set --{name}")
-    for name in ("max_overlap", "max_similarity", "eval_share"):
+    shares = ("max_overlap", "max_similarity", "eval_share", "pass_rate_min", "pass_rate_max")
+    for name in shares:
         if not 0 <= getattr(cfg, name) <= 1:
             raise ValueError(f"--{name}: must be 0 to 1, got {getattr(cfg, name)}; change it")
     for name in ("max_prompt_tokens", "max_completion_tokens"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name}: must be at least 1, got {getattr(cfg, name)}; raise it")
+    if cfg.order == "pass_rate" and not cfg.pass_rates:
+        raise ValueError("--order: pass_rate must have rates, got none; set --pass_rates=FILE")
     task_range(cfg)
     output = Path(cfg.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -86,12 +97,13 @@ def prepare(cfg: Settings, tokenizer: Tokenizer) -> Report:
     check_settings(cfg)
     report = Report(asdict(cfg))
     tests = TestQuestions(list(_test_rows(cfg, report)))
+    rates = read_rates(cfg.pass_rates)
     output = Path(cfg.output).absolute()
     new = [p for p in output.parents if not p.exists()]  # innermost first
     folder = output.parent / f".{output.name}.part{getpid()}"
     folder.mkdir(parents=True)
     try:
-        _fill(folder, cfg, tokenizer, tests, report)
+        _fill(folder, cfg, tokenizer, tests, rates, report)
         if output.exists():
             output.rmdir()
         folder.rename(output)
@@ -120,41 +132,59 @@ def _test_rows(cfg: Settings, report: Report) -> Iterator[dict]:
 
 
 def _fill(
-    folder: Path, cfg: Settings, tokenizer: Tokenizer, tests: TestQuestions, report: Report
+    folder: Path, cfg: Settings, tokenizer: Tokenizer, tests: TestQuestions,
+    rates: dict[bytes, float], report: Report,
 ) -> None:
     """Write everything into `folder`: first what passes alone, then without near duplicates."""
-    rows, places = [], []  # of what passed: 8-grams, and file and line
-    survivors = folder / "survivors"
-    with open(survivors, "w", encoding="utf-8") as out, open(
-        folder / "rejects.jsonl", "w", encoding="utf-8"
-    ) as rejects:
-        for row, measured, place in _passing(cfg, tokenizer, tests, report, rejects):
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
-            rows.append(grams(row["domain"], row["prompt"]))
-            places.append(place)
-            report.kept.append(measured)
-        repeats = {}
-        for domain in {k["domain"] for k in report.kept}:
-            own = [i for i, k in enumerate(report.kept) if k["domain"] == domain]
-            found = near_duplicates([rows[i] for i in own], cfg.max_similarity)
-            repeats |= {own[i]: own[j] for i, j in found.items()}
-        for i, other in sorted(repeats.items()):
-            detail = f"of {places[other][0]}:{places[other][1]}"
-            _reject(rejects, report, places[i], Rejected("near_duplicate", detail))
-    if not report.kept:
-        raise ValueError(
-            f"--input: at least one row must pass, got {dict(report.reasons)} of "
-            f"{report.rows_in} rows; change the limits or the files"
-        )
-    with open(survivors, encoding="utf-8") as lines:
-        for i, line in enumerate(lines):
-            if i not in repeats:
-                with open(folder / f"{report.kept[i]['split']}.jsonl", "a", encoding="utf-8") as f:
-                    f.write(line)
-    survivors.unlink()
-    report.kept = [k for i, k in enumerate(report.kept) if i not in repeats]
+    spool = folder / "spool"
+    spool.mkdir()
+    survivors, rows = spool / "survivors", GramFile(spool / "grams")
+    with open(folder / "rejects.jsonl", "w", encoding="utf-8") as rejects, closing(rows):
+        with open(survivors, "w", encoding="utf-8") as out:
+            for row, measured in _passing(cfg, tokenizer, tests, rates, report, rejects, spool):
+                text = json.dumps(row, ensure_ascii=False)
+                out.write(f"{json.dumps(measured)}\t{text}\n")
+                rows.append(row["domain"], grams(row["domain"], row["prompt"]))
+        if not len(rows):
+            raise ValueError(
+                f"--input: at least one row must pass, got {dict(report.reasons)} of "
+                f"{report.rows_in} rows; change the limits or the files"
+            )
+        repeats = near_duplicates(rows, cfg.max_similarity)
+        _split(survivors, folder, repeats, report, rejects)
+    shutil.rmtree(spool)
+    if cfg.order == "pass_rate":
+        for path in (folder / "train.jsonl", folder / "eval.jsonl"):
+            if path.exists():
+                order_by_rate(path)
     (folder / "card.md").write_text(markdown(report), encoding="utf-8")
     (folder / "lengths.svg").write_text(lengths_svg(report), encoding="utf-8")
+
+
+def _split(
+    survivors: Path, folder: Path, repeats: dict[int, int], report: Report, rejects: TextIO
+) -> None:
+    """Write train.jsonl and eval.jsonl without the `repeats`, which go to the rejects."""
+    originals = {other: ("", 0) for other in repeats.values()}
+    files: dict[str, TextIO] = {}
+    with open(survivors, encoding="utf-8") as lines, ExitStack() as stack:
+        for i, line in enumerate(lines):
+            head, _, text = line.partition("\t")  # JSON writes a tab as \\t
+            measured = json.loads(head)
+            place = tuple(measured["place"])
+            if i in originals:
+                originals[i] = place
+            if i in repeats:
+                first = originals[repeats[i]]
+                error = Rejected("near_duplicate", f"of {first[0]}:{first[1]}")
+                _reject(rejects, report, place, error)
+                continue
+            split = measured["split"]
+            if split not in files:
+                path = folder / f"{split}.jsonl"
+                files[split] = stack.enter_context(open(path, "w", encoding="utf-8"))
+            files[split].write(text)
+            report.add(measured)
 
 
 def _reject(rejects: TextIO, report: Report, place: tuple[str, int], error: Rejected) -> None:
@@ -164,30 +194,31 @@ def _reject(rejects: TextIO, report: Report, place: tuple[str, int], error: Reje
 
 
 def _passing(
-    cfg: Settings, tokenizer: Tokenizer, tests: TestQuestions, report: Report, rejects: TextIO
-) -> Iterator[tuple[dict, dict, tuple[str, int]]]:
-    """Yield (row, what the card needs of it, its place) of rows that pass every filter alone."""
-    seen: dict[bytes, tuple[str, int]] = {}
+    cfg: Settings, tokenizer: Tokenizer, tests: TestQuestions, rates: dict[bytes, float],
+    report: Report, rejects: TextIO, spool: Path,
+) -> Iterator[tuple[dict, dict]]:
+    """Yield (row, what the card needs of it and its place) of rows that pass every filter alone."""
     tasks = task_range(cfg)
     total = sum(1 for path in cfg.input for _ in read_rows(path))
-    with Progress("prepare", total) as progress:
+    with Progress("prepare", total) as progress, closing(Seen(spool / "seen")) as seen:
         for path in cfg.input:
-            for line, text in read_rows(path):
+            for line, raw in read_rows(path):
                 report.rows_in += 1
                 place = (path, line)
-                for row in _converted(cfg, tasks, text, place, report, rejects):
+                for row in _converted(cfg, tasks, raw, place, report, rejects):
                     report.converted += 1
                     try:
                         measured = _check(cfg, tokenizer, tests, row)
-                        key = text_key(row["domain"], row["prompt"])
-                        if key in seen:
-                            first = seen[key]
+                        if rates:
+                            bounds = (cfg.pass_rate_min, cfg.pass_rate_max)
+                            measured["has_rate"] = add_rate(row, rates, *bounds, cfg.unmeasured)
+                        first = seen.first(text_key(row["domain"], row["prompt"]), place)
+                        if first:
                             raise Rejected("duplicate", f"of {first[0]}:{first[1]}")
                     except Rejected as error:
                         _drop(cfg, error, place, report, rejects)
                         continue
-                    seen[key] = place
-                    yield row, measured, place
+                    yield row, measured | {"place": place}
                 progress.update()
 
 
@@ -217,7 +248,7 @@ def _converted(cfg, tasks, text, place, report: Report, rejects: TextIO) -> Iter
 def _check(cfg: Settings, tokenizer: Tokenizer, tests: TestQuestions, row: dict) -> dict:
     """Return split, domain, origin and lengths of a good row. Raises Rejected."""
     try:
-        parse_row(json.dumps(row), 0)
+        check_row(row, 0)
     except ValueError as error:
         raise Rejected("bad_schema", str(error), is_bad=True) from None
     check_content(row)

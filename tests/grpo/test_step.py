@@ -28,6 +28,7 @@ from gemma_cot.grpo.step import (
 )
 from gemma_cot.lora import init_lora
 from gemma_cot.model.logprob import token_logprobs
+from gemma_cot.model.params import param_shardings
 from gemma_cot.model.sample import Samples
 from gemma_cot.optim import init_state, make_optimizer
 
@@ -101,9 +102,9 @@ def scored_batches(rollout: Rollout, cfg: TrainConfig, mesh) -> list[dict]:
 
 
 @functools.cache
-def compiled(model_cfg, cfg: TrainConfig, devices: int, optimizer=SGD):
-    """Return (mesh, step, logprobs) over the first `devices` host devices; compiled once."""
-    mesh = axes.make_mesh(devices=jax.devices()[:devices])
+def compiled(model_cfg, cfg: TrainConfig, data: int = 1, model: int = 1, optimizer=SGD):
+    """Return (mesh, step, logprobs) over the first host devices; compiled once."""
+    mesh = axes.make_mesh(f"{data}x{model}", jax.devices()[: data * model])
     step = make_grpo_step(model_cfg, cfg, optimizer, mesh, WIDTH)
     return mesh, step, make_logprobs(model_cfg, cfg, mesh, WIDTH)
 
@@ -119,10 +120,11 @@ def distance(tree, other) -> float:
     return max(jax.tree.leaves(gaps))
 
 
-def updates(model_cfg, params, rollout, policy, reference, devices=1, **changes):
+def updates(model_cfg, params, rollout, policy, reference, data=1, model=1, **changes):
     """Return (adapter after every update of the rollout, metrics of every update)."""
     cfg = dataclasses.replace(CFG, **changes)
-    mesh, step, logprobs = compiled(model_cfg, cfg, devices)
+    mesh, step, logprobs = compiled(model_cfg, cfg, data, model)
+    params = jax.device_put(params, param_shardings(mesh))
     batches = scored_batches(rollout, cfg, mesh)
     batches = add_logprobs(logprobs, params, batches, policy, reference, cfg.beta)
     assert all({"logp_old_BT", "logp_ref_BT"} < set(batch) for batch in batches)
@@ -197,15 +199,17 @@ def test_a_prompt_is_shared_where_a_micro_batch_holds_whole_groups(shallow):
     assert shared_rows(with_kernels, dataclasses.replace(CFG, micro_batch=2)) == 1
 
 
-@pytest.mark.parametrize(("micro_batch", "devices"), [(2, 1), (4, 1), (1, 4), (2, 2)])
+@pytest.mark.parametrize(
+    ("micro_batch", "data", "model"), [(2, 1, 1), (4, 1, 1), (1, 4, 1), (2, 2, 1), (2, 2, 2)]
+)
 def test_cutting_the_batch_or_adding_devices_changes_nothing(
-    shallow, weights, rollout, policy, reference, one_by_one, micro_batch, devices
+    shallow, weights, rollout, policy, reference, one_by_one, micro_batch, data, model
 ):
     """Both updates, the second with pi_old from before the first, on rows of uneven length.
 
     With micro-batches of 2 and 4 rows each prompt is run once for its group of 2."""
     adapters, metrics = updates(
-        shallow, weights, rollout, policy, reference, devices, micro_batch=micro_batch
+        shallow, weights, rollout, policy, reference, data, model, micro_batch=micro_batch
     )
     for ours, alone in zip(adapters, one_by_one[0], strict=True):
         # Only the order of float32 sums differs: about 1e-6 of gradients near 1. A mean of
@@ -223,7 +227,7 @@ def test_every_adapter_leaf_moves_and_the_base_does_not(
     adapters, _ = one_by_one
     moved = jax.tree.map(lambda x, y: bool((np.asarray(x) != np.asarray(y)).any()), *adapters)
     assert all(jax.tree.leaves(moved)) and len(jax.tree.leaves(moved)) == 14
-    mesh, step, logprobs = compiled(shallow, CFG, 1)
+    mesh, step, logprobs = compiled(shallow, CFG)
     state = init_state(SGD, copy(policy))
     batches = scored_batches(rollout, CFG, mesh)
     batches = add_logprobs(logprobs, weights, batches, policy, reference, CFG.beta)
@@ -247,7 +251,7 @@ def test_the_first_update_is_on_policy(one_by_one):
 def test_pi_old_is_the_policy_before_the_first_update(
     shallow, weights, rollout, policy, one_by_one
 ):
-    mesh, _, logprobs = compiled(shallow, CFG, 1)
+    mesh, _, logprobs = compiled(shallow, CFG)
     batches = scored_batches(rollout, CFG, mesh)
     batches = add_logprobs(logprobs, weights, batches, policy, None, beta=0.0)
     old_BT = np.concatenate([np.asarray(batch["logp_old_BT"])[:, 0] for batch in batches])
@@ -263,7 +267,7 @@ def test_pi_old_is_the_policy_before_the_first_update(
 
 
 def test_the_reference_is_an_adapter_or_the_base(shallow, weights, rollout, policy, reference):
-    mesh, _, logprobs = compiled(shallow, CFG, 1)
+    mesh, _, logprobs = compiled(shallow, CFG)
     batches = scored_batches(rollout, CFG, mesh)
     layers = {name: ab | {"b": jnp.zeros_like(ab["b"])} for name, ab in policy.layers.items()}
     nothing = policy.replace(layers=layers)  # b = 0: the base model
@@ -300,7 +304,7 @@ def test_without_beta_and_with_one_update_no_logprobs_are_computed(rollout, poli
 
 def test_updates_make_rewarded_completions_likelier(shallow, weights, rollout, policy):
     """Policy gradient works: ten updates raise what was rewarded and lower its alternative."""
-    mesh, step, _ = compiled(shallow, ALONE, 1, ADAM)
+    mesh, step, _ = compiled(shallow, ALONE, optimizer=ADAM)
     (batch,) = scored_batches(rollout, ALONE, mesh)
     state = init_state(ADAM, copy(policy))
 

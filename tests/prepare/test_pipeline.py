@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gemma_cot.config import embedded
 from gemma_cot.data import read_jsonl
+from gemma_cot.prepare import filters
+from gemma_cot.prepare.card import quantiles
 from gemma_cot.prepare.filters import grams, in_eval, near_duplicates
-from gemma_cot.prepare.pipeline import Settings, prepare
-from gemma_cot.tokenizer import encode_prompt, encode_target, load_tokenizer
+from gemma_cot.prepare.pipeline import prepare
+from gemma_cot.prepare.spool import GramFile, Seen
+from gemma_cot.tokenizer import encode_prompt, encode_target
 
 LONG = "a farmer walks from his house to the market with"
 
@@ -23,21 +26,6 @@ def row(prompt: str, answer: int = 4) -> dict:
         "chosen": f"<reasoning>2 + 2 = {answer}</reasoning><answer>{answer}</answer>",
         "metadata": {"checkpoints": [f"2 + 2 = {answer}"], "final_answer": str(answer)},
     }
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(embedded("tiny_model"))
-
-
-@pytest.fixture
-def cfg(tmp_path) -> Settings:
-    """Settings for rows in our schema; `write` makes the input."""
-    return Settings(
-        dataset="ours", input=(str(tmp_path / "in.jsonl"),), output=str(tmp_path / "new" / "out"),
-        model="", instruction="", max_prompt_tokens=256, max_completion_tokens=512, against=(),
-        max_overlap=0.0, max_similarity=0.8, eval_share=0.0, tasks="", on_bad_row="skip",
-    )  # fmt: skip
 
 
 def write(path, rows) -> None:
@@ -66,17 +54,21 @@ def test_every_dropped_row_is_listed_with_its_reason(cfg, tokenizer, tmp_path):
         row("7 " * 300),
         row("other") | {"chosen": "4"},
         row("wrong") | {"metadata": {"checkpoints": [], "final_answer": "5"}},
+        json.dumps(row("half a character")).replace("half", "\\ud83d"),
         row("step") | {"metadata": {"checkpoints": ["3 + 3 = 6"], "final_answer": "4"}},
     ])  # fmt: skip
     report = prepare(dataclasses.replace(cfg, against=(str(test_set),)), tokenizer)
     assert sorted(rejects(cfg)) == [
         (2, "bad_json"), (3, "duplicate"), (4, "in_test_set"), (5, "overlaps_test_set"),
         (7, "near_duplicate"), (8, "prompt_too_long"), (9, "bad_format"), (10, "wrong_answer"),
-        (11, "checkpoint_missing"),
+        (11, "bad_json"), (12, "checkpoint_missing"),
     ]  # fmt: skip
+    listed = (Path(cfg.output) / "rejects.jsonl").read_text()
+    for reason, line in (("duplicate", 1), ("near_duplicate", 6)):  # the rows they repeat
+        assert f'"reason": "{reason}", "detail": "of {cfg.input[0]}:{line}"' in listed
     kept, _ = read_jsonl(Path(cfg.output) / "train.jsonl")
     assert [example.prompt for example in kept] == ["two and two", f"count {numbers}"]
-    assert report.rows_in == 11 and len(report.kept) == 2 and sum(report.reasons.values()) == 9
+    assert report.rows_in == 12 and report.kept == 2 and sum(report.reasons.values()) == 10
     card = (Path(cfg.output) / "card.md").read_text()
     assert "| dropped: near_duplicate | 1 |" in card and "| kept | 2 |" in card
     assert (Path(cfg.output) / "lengths.svg").read_text().startswith("<svg")
@@ -87,7 +79,7 @@ def test_limits_count_the_stop_token_and_are_inclusive(cfg, tokenizer):
     prompt = len(encode_prompt(tokenizer, "two and two"))
     target = len(encode_target(tokenizer, row("")["chosen"]))
     exact = dataclasses.replace(cfg, max_prompt_tokens=prompt, max_completion_tokens=target)
-    assert len(prepare(exact, tokenizer).kept) == 1
+    assert prepare(exact, tokenizer).kept == 1
     less = dataclasses.replace(exact, output=cfg.output + "2", max_completion_tokens=target - 1)
     with pytest.raises(ValueError, match="at least one row must pass, got {'completion_too_long'"):
         prepare(less, tokenizer)
@@ -134,7 +126,32 @@ def test_adding_rows_moves_none_between_the_splits():
     assert all(in_eval(p, 0.5) for p in prompts if in_eval(p, 0.25))
 
 
-def test_near_duplicates_equal_the_quadratic_search():
+def test_grams_in_several_rows_are_found_in_any_number_of_passes(monkeypatch):
+    ends = np.array([0, 1, 2**63, 2**64 - 1], np.uint64)
+    rows = [ends, ends[1:], ends[2:], np.array([7], np.uint64)]
+    for part in (1, 4, 100):
+        monkeypatch.setattr(filters, "PART", part)
+        names, counts = filters.repeated_grams(rows)
+        assert names.tolist() == [1, 2**63, 2**64 - 1] and counts.tolist() == [2, 3, 3]
+    assert len(filters.repeated_grams([])[0]) == 0 and near_duplicates([], 0.8) == {}
+
+
+def test_the_first_place_of_a_digest_is_remembered(tmp_path):
+    seen = Seen(tmp_path / "seen")
+    assert seen.first(b"a", ("in.jsonl", 1)) is None and seen.first(b"b", ("in.jsonl", 2)) is None
+    assert seen.first(b"a", ("in.jsonl", 3)) == ("in.jsonl", 1) == seen.first(b"a", ("x", 4))
+    seen.close()
+
+
+def test_quantiles_of_counts_are_those_of_the_values():
+    values = np.random.default_rng(0).integers(0, 50, 333).tolist()
+    wanted = np.quantile(values, [0, 0.5, 0.9, 0.99, 1], method="higher")
+    assert quantiles(Counter(values)) == " / ".join(str(int(x)) for x in wanted)
+    assert quantiles(Counter([1, 2])) == "1 / 2 / 2 / 2 / 2"
+    assert quantiles(Counter([3])) == "3 / 3 / 3 / 3 / 3"
+
+
+def test_near_duplicates_equal_the_quadratic_search(monkeypatch, tmp_path):
     rng = np.random.default_rng(0)
     base = [list(rng.integers(0, 300, 30)) for _ in range(12)]
     texts = []
@@ -146,6 +163,16 @@ def test_near_duplicates_equal_the_quadratic_search():
             texts.append(" ".join(map(str, changed)))
     rows = [grams("math", text) for text in texts]
     found = near_duplicates(rows, 0.6)
+    monkeypatch.setattr(filters, "PART", 100)  # 828 grams: several passes
+    spooled = GramFile(tmp_path / "grams")
+    for own in rows:
+        spooled.append("math", own)
+    assert [len(spooled[i]) for i in (0, 5)] == [len(rows[0]), len(rows[5])]
+    assert near_duplicates(spooled, 0.6) == found
+    for own in rows:
+        spooled.append("code", own)  # the same words of another domain are no repeats of these
+    assert near_duplicates(spooled, 0.6) == found | {i + 36: j + 36 for i, j in found.items()}
+    spooled.close()
     kept, wanted = [], set()
     for i, own in enumerate(rows):
         near = [j for j in kept if len(np.intersect1d(own, rows[j])) > 0.6 * len(

@@ -1,0 +1,101 @@
+"""The command, as a user runs it: several completions, a torn file resumed, two files compared."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from gemma_cot.config import embedded
+from gemma_cot.results import read_protocol, read_results, template_hash, write_results
+
+ASKED = ("--num_completions=2", "--temperature=1", "--max_completion_tokens=96", "--limit=6")
+
+
+def evaluate(*arguments: str) -> subprocess.CompletedProcess:
+    """Run the command on one CPU device."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "gemma_cot.evaluate", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(output file, what was printed) of an evaluation that nothing disturbed."""
+    path = tmp_path_factory.mktemp("evaluate") / "whole.jsonl"
+    done = evaluate(f"--output={path}", *ASKED)
+    assert done.returncode == 0, done.stderr
+    return path, done.stdout
+
+
+def test_rows_and_summary_hold_every_completion_and_the_protocol(whole):
+    path, printed = whole
+    rows = read_results(path)
+    assert [row["id"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert all(len(row["samples"]) == 2 for row in rows)
+    assert any(a["completion"] != b["completion"] for a, b in (row["samples"] for row in rows))
+    summary = json.loads(path.with_suffix(".summary.json").read_text())
+    protocol = read_protocol(path)
+    assert summary["protocol"] == protocol
+    assert protocol["prompt_template_sha256"] == template_hash("")
+    for name, value in {"n": 6, "num_completions": 2, "max_completion_tokens": 96, "seed": 0,
+                        "model": embedded("tiny_model"), "matcher": "answers_match"}.items():
+        assert protocol[name] == value  # fmt: skip
+    for rates in (summary, *summary["domains"].values()):
+        for name in ("full_format_accuracy", "answer_accuracy", "truncated_rate", "process_score",
+                     "repetition_rate", "mean_completion_tokens", "pass_at_1", "pass_at_2",
+                     "majority_accuracy"):  # fmt: skip
+            low, high = rates[f"{name}_interval"]
+            assert low <= rates[name] <= high
+    assert summary["rows_per_second"] > 0 and summary["tokens_per_second"] > 0
+    for words in ("protocol: template ", "n 6, k 2, temperature 1, seed 0", "pass@2", "rows/s"):
+        assert words in printed
+
+
+def test_a_torn_evaluation_goes_on_and_ends_the_same(whole, tmp_path):
+    path, _ = whole
+    torn = tmp_path / "torn.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    torn.write_bytes(b"".join(lines[:2]) + lines[2][:40])
+    protocol = path.with_suffix(".protocol.json").read_text()
+    torn.with_suffix(".protocol.json").write_text(protocol)
+    other = evaluate(f"--output={torn}", *ASKED, "--seed=1", "--resume")
+    assert other.returncode == 2 and "first seed: 0 then, 1 now" in other.stderr
+    done = evaluate(f"--output={torn}", *ASKED, "--resume", f"--compare={path}")
+    assert done.returncode == 0, done.stderr
+    assert "\n4 rows in " in done.stdout  # two were done
+    assert read_results(torn) == read_results(path)
+    assert "answer right: 0.0 -> 0.0 %, difference +0.0" in done.stdout
+    assert done.stdout.count("no difference shown") == 4 and "improved" not in done.stdout
+    assert "\n0 rows changed" in done.stdout
+
+
+def test_two_files_are_compared_without_a_model(whole, tmp_path):
+    rows = read_results(whole[0])
+    changed = [row | {"outcome": 1.0, "format": 1.0, "process": 1.0} for row in rows]
+    before, after = tmp_path / "before.jsonl", tmp_path / "after.jsonl"
+    write_results(before, [row | {"outcome": 0.0, "format": 1.0} for row in rows])
+    write_results(after, changed)
+    done = evaluate(f"--compare={before},{after}")
+    assert done.returncode == 0, done.stderr
+    # 6 rows gained of 6: (1/2)^6 in each tail
+    line = next(x for x in done.stdout.splitlines() if x.startswith("answer right"))
+    assert ": improved; 6 rows gained, 0 lost, McNemar exact p = 0.031" in line
+    listed = after.with_suffix(".changed.jsonl").read_text().splitlines()
+    assert [json.loads(x)["id"] for x in listed] == [1, 2, 3, 4, 5, 6]
+    assert f"protocol: none beside {before}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--output=x.jsonl", "--num_completions=2"), "--temperature: must be above 0 for 2 compl"),
+        (("--output=x.jsonl", "--compare=a,b"), "--compare: must be one file beside --output"),
+        (("--output=x.jsonl", "--compare=nowhere"), "nowhere: must be a result file of evaluate"),
+        (("--output=x.jsonl", "--resume", "--overwrite"), "--overwrite: must not stand beside"),
+    ],
+)
+def test_flags_that_cannot_be_used(arguments, words):
+    done = evaluate(*arguments)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr
