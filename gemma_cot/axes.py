@@ -176,6 +176,16 @@ def per_device(
     )
 
 
+def on_any_device(flag: jax.Array) -> jax.Array:
+    """Return whether `flag` holds here or, where the compiler cuts along `model` inside a
+    `per_device`, on any data device: then loops hold collectives, and all must turn equally often.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or set(mesh.manual_axes) != {"data"}:
+        return flag
+    return jax.lax.pmax(flag.astype(int), "data") > 0
+
+
 def round_up(n: int, multiple: int) -> int:
     """Return the smallest multiple of `multiple` that is at least n."""
     return math.ceil(n / multiple) * multiple

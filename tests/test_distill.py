@@ -478,7 +478,7 @@ def test_questions_that_are_not_asked(make, tokenizer, tmp_path):
     reasons = {one["line"]: one["reason"] for one in lines(cfg, "rejects.jsonl")}
     assert reasons == {
         2: "duplicate", 3: "in_test_set", 4: "prompt_too_long", 5: "bad_fields", 6: "bad_fields",
-        7: "bad_fields", 8: "bad_fields", 9: "bad_json",
+        7: "bad_fields", 8: "bad_json", 9: "bad_json",
     }  # fmt: skip
     assert summary["not_asked"] == dict(Counter(reasons.values())) and summary["rejected"] == {}
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_cot.axes import per_device
+from gemma_cot.axes import on_any_device, per_device
 from gemma_cot.config import ModelConfig
 from gemma_cot.model.cache import Cache, decode_step, new_cache, prefill, widen
 from gemma_cot.model.params import Params
@@ -212,17 +212,19 @@ def sample_rows(
         for width in widths:
             loop = loop.replace(cache=widen(loop.cache, width))
             loop = jax.lax.while_loop(
-                lambda loop, width=width: (loop.clock < width) & ~loop.done_B.all(), decode, loop
+                lambda loop, width=width: (loop.clock < width) & on_any_device(~loop.done_B.all()),
+                decode,
+                loop,
             )
     else:  # one loop, in which waiting rows are let in
 
         def goes_on(loop: Loop) -> jax.Array:
             idle = loop.done_B.sum()
             let_in = (loop.next_row < N) & (idle >= max(1, B // REFILL_SHARE))
-            return (idle < B) & ~let_in
+            return on_any_device(idle < B) & ~on_any_device(let_in)
 
         loop = jax.lax.while_loop(
-            lambda loop: (loop.next_row < N) | ~loop.done_B.all(),
+            lambda loop: on_any_device((loop.next_row < N) | ~loop.done_B.all()),
             lambda loop: jax.lax.while_loop(goes_on, decode, fill(loop)),
             idle_loop(queue, B, max_new_tokens, max_new_tokens),
         )

@@ -128,7 +128,8 @@ def updates(model_cfg, params, rollout, policy, reference, data=1, model=1, **ch
     batches = scored_batches(rollout, cfg, mesh)
     batches = add_logprobs(logprobs, params, batches, policy, reference, cfg.beta)
     assert all({"logp_old_BT", "logp_ref_BT"} < set(batch) for batch in batches)
-    state, adapters, metrics = init_state(SGD, copy(policy)), [], []
+    state = jax.device_put(init_state(SGD, copy(policy)), axes.replicated(mesh))
+    adapters, metrics = [], []
     for batch in batches:
         state, measured = step(state, params, batch)
         adapters.append(jax.device_get(state.lora))

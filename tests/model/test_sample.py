@@ -18,7 +18,7 @@ from gemma_cot.axes import make_mesh, replicated, sharding_of
 from gemma_cot.model import sample as sample_module
 from gemma_cot.model.gemma import logits
 from gemma_cot.model.logprob import token_logprobs
-from gemma_cot.model.params import param_shapes
+from gemma_cot.model.params import param_shapes, param_shardings
 from gemma_cot.model.sample import draw, prompt_hash, row_keys, sample
 
 P, G, WIDTH, NEW = 4, 3, 6, 12
@@ -315,6 +315,25 @@ def test_slots_on_several_devices_change_no_sample(cfg, params, tokens_PT, drawn
     np.testing.assert_array_equal(got.tokens_BT, drawn.tokens_BT)
     for kind in ("all-reduce", "all-gather", "collective-permute", "all-to-all"):
         assert kind not in program
+
+
+@pytest.mark.parametrize("slots", [None, 2], ids=["all at once", "queue"])
+def test_devices_that_share_a_model_take_the_same_turns(cfg, params, tokens_PT, slots):
+    """Their loops hold collectives: a data device whose rows have all ended turns on with the
+    others, or these would wait for it for ever."""
+    mesh, often = make_mesh("2x2"), tuple(range(0, 50, 2))
+    want = run(params, cfg, tokens_PT, START_P, stop_ids=often)
+    longest = want.completion_mask_BT.sum(1).reshape(2, -1).max(1)
+    assert longest[0] != longest[1], "left alone, the two data devices would end apart"
+    with jax.set_mesh(mesh):
+        got = run(
+            jax.device_put(params, param_shardings(mesh)), cfg,
+            jax.device_put(tokens_PT, sharding_of("PT", mesh)),
+            jax.device_put(START_P, sharding_of("P", mesh)), slots=slots, stop_ids=often,
+        )  # fmt: skip
+    np.testing.assert_array_equal(got.tokens_BT, want.tokens_BT)
+    np.testing.assert_array_equal(got.completion_mask_BT, want.completion_mask_BT)
+    np.testing.assert_allclose(got.logp_BT, want.logp_BT, atol=2e-5)
 
 
 def test_the_useful_share_counts_decode_steps_of_unfinished_rows(varied, cfg, tokens_PT):
