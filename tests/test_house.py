@@ -12,7 +12,7 @@ TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 
 # A module may import modules of a lower level, and modules to its left on its own level.
 LEVELS = [
-    ["axes", "config", "settings", "stats", "progress", "metrics", "curves", "checkpoint",
+    ["axes", "hf_config", "config", "settings", "stats", "progress", "metrics", "curves", "checkpoint",
      "grpo.answer", "grpo.reward", "grpo.loss", "scores", "tasks.arithmetic", "tasks.families",
      "tasks.dataset"],
     ["tokenizer", "results", "data", "optim", "model.params", "model.load", "model.layers",
