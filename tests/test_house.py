@@ -12,8 +12,8 @@ TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 
 # A module may import modules of a lower level, and modules to its left on its own level.
 LEVELS = [
-    ["axes", "hf_config", "config", "settings", "stats", "progress", "metrics", "curves", "checkpoint",
-     "grpo.answer", "grpo.reward", "grpo.loss", "scores", "tasks.arithmetic", "tasks.families",
+    ["axes", "hf_config", "config", "settings", "stats", "progress", "metrics", "curves",
+     "checkpoint", "grpo.answer", "grpo.reward", "grpo.loss", "scores", "tasks.arithmetic", "tasks.families",
      "tasks.dataset"],
     ["tokenizer", "results", "data", "optim", "model.params", "model.load", "model.layers",
      "model.kernels", "model.kernels.tiles", "model.kernels.logprob", "model.kernels.prefill",
