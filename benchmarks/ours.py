@@ -36,7 +36,7 @@ model_cfg = ModelConfig(
 num_prompts = max(1, flags.rows // shapes.GROUP)
 cfg = TrainConfig(
     num_generations=shapes.GROUP, prompts_per_rollout=num_prompts, mini_batch=num_prompts,
-    micro_batch=shapes.GROUP, remat=True, beta=shapes.BETA, temperature=shapes.TEMPERATURE,
+    micro_batch=shapes.GROUP, remat="products", beta=shapes.BETA, temperature=shapes.TEMPERATURE,
     max_prompt_tokens=flags.prompt, max_completion_tokens=flags.new,
 )  # fmt: skip
 mesh = make_mesh(devices=jax.devices()[:1])
@@ -92,7 +92,8 @@ elif flags.work == "logprobs":
     )
 else:
     step = make_grpo_step(model_cfg, cfg, optimizer, mesh, flags.prompt)
-    held = {"state": init_state(optimizer, jax.tree.map(jnp.copy, lora))}  # donated by each step
+    state = init_state(optimizer, jax.tree.map(jnp.copy, lora))
+    held = {"state": jax.device_put(state, replicated(mesh))}  # donated by each step
 
     def update(samples: Samples, reference) -> None:
         """Take one optimiser step; with `reference` None its log-probs are those of the batch."""
@@ -100,7 +101,7 @@ else:
         if reference is None:
             batches = [b | {"logp_ref_BT": b["logp_sampler_BT"] - 9.0} for b in batches]
         else:
-            batches = add_logprobs(logprobs, params, batches, None, reference, cfg.beta)
+            batches = add_logprobs(logprobs, params, batches, None, reference, cfg)
         everywhere = np.ones(reward_PG.shape, bool)
         (batch,) = add_advantages(batches, reward_PG, everywhere, cfg, mesh)
         held["state"], metrics = step(held["state"], params, batch)

@@ -96,14 +96,17 @@ def auto_mesh(
     weight_bytes: float,
     memory_bytes: float,
     batches: tuple[int, ...] = (),
+    per_process: int | None = None,
 ) -> str:
     """Return what `--mesh=auto` stands for, e.g. "8x1": as many devices on data as possible.
 
     The smallest model axis that cuts every letter on it evenly, leaves weights at most
     WEIGHTS_SHARE of a device's memory, and a data axis that divides all `batches`. Where no axis
-    does, memory comes before batches, and the largest axis comes nearest.
+    does, memory comes before batches, and the largest axis comes nearest. It stays within the
+    devices of a process (`per_process`, None: all).
     """
-    divisors = [m for m in range(1, num_devices + 1) if num_devices % m == 0]
+    largest = per_process or num_devices
+    divisors = [m for m in range(1, largest + 1) if largest % m == 0]
     models = [m for m in divisors if not uneven_letters(sizes, m)]
     light = [m for m in models if weight_bytes / m <= WEIGHTS_SHARE * memory_bytes] or models[-1:]
     even = [m for m in light if all(rows % (num_devices // m) == 0 for rows in batches)] or light
@@ -125,12 +128,28 @@ def check_mesh(mesh: Mesh, sizes: dict[str, int]) -> None:
         )
 
 
+def check_processes(mesh: Mesh) -> None:
+    """Raise ValueError unless each process has the same number of whole rows of the mesh, so that
+    its share of a batch is its own."""
+    data, model = mesh.shape["data"], mesh.shape["model"]
+    owners = [[device.process_index for device in row] for row in mesh.devices]
+    counts = {owner: sum(row.count(owner) for row in owners) for row in owners for owner in row}
+    if any(len(set(row)) > 1 for row in owners) or len(set(counts.values())) > 1:
+        raise ValueError(
+            f"--mesh={data}x{model}: the model axis must divide the devices of a process, as many "
+            f"in each, got {', '.join(map(str, counts.values()))} of them and a model axis of "
+            f"{model}; set --mesh={data * model}x1"
+        )
+
+
 def make_mesh(text: str = "auto", devices: list | None = None) -> Mesh:
-    """Return the (data, model) mesh that `--mesh` asks for over `devices` (default: all).
+    """Return the (data, model) mesh that `--mesh` asks for over `devices` (default: all, process by
+    process).
 
     Axis types are Auto: the compiler propagates shardings from the arguments.
     """
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        devices = sorted(jax.devices(), key=lambda device: device.process_index)
     shape = parse_mesh(text, len(devices))
     grid = np.asarray(devices, dtype=object).reshape(shape)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

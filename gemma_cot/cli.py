@@ -1,11 +1,17 @@
 """What every command line shares: one clear line and exit code 2 for bad input, quiet logs."""
 
 import errno
+import logging as pylogging
+import os
 import sys
+import threading
+import traceback
+import warnings
 from collections.abc import Callable
 
 from absl import app, flags, logging
 
+from gemma_cot import hosts
 from gemma_cot.grpo.reward import RewardError
 
 
@@ -14,9 +20,9 @@ def run(main: Callable[[], None]) -> None:
 
     Exit code 2 and one line on stderr for bad flags, for any ValueError (the error of bad input
     everywhere in this package; RewardError is one), and where the disk is full or a file may not be
-    written; other exceptions are bugs and show a traceback.
+    written; other exceptions are bugs and show a traceback. A warning is one line on stderr.
     """
-    app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+    app.run(lambda argv: _crashing(main, argv), flags_parser=_parse)
 
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -30,8 +36,31 @@ def _parse(argv: list[str]) -> list[str]:
         _refuse(f"{error}; --helpfull lists every flag")
 
 
+def join_hosts(coordinator: str, num_processes: int, process_id: int) -> None:
+    """Meet the other processes of a run, if there are any; all but the first then print nothing."""
+    if coordinator:
+        line = f"process {process_id} of {num_processes}: meeting the others at {coordinator}"
+        print(line, file=sys.stderr, flush=True)
+    hosts.join(coordinator, num_processes, process_id)
+    if hosts.are_several() and not hosts.is_writer():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def _crashing(main: Callable[[], None], argv: list[str]) -> None:
+    try:
+        _guarded(main, argv)
+    except Exception:  # a bug
+        if not hosts.are_several():
+            raise
+        traceback.print_exc()
+        hosts.leave(1)
+
+
 def _guarded(main: Callable[[], None], argv: list[str]) -> None:
-    logging.set_verbosity(logging.ERROR)  # JAX and orbax log through absl
+    logging.set_verbosity(logging.FATAL)  # orbax logs what it raises through absl
+    pylogging.raiseExceptions = False  # a full disk is told once, not by every log that it hits
+    warnings.showwarning = _warn
+    threading.excepthook = _warn_of_thread
     if argv[1:]:
         _refuse(f"arguments must be --flags, got {argv[1:]}; --helpfull lists every flag")
     try:
@@ -49,6 +78,18 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> None:
         )
 
 
+def _warn(message, category, filename, lineno, file=None, line=None) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+
+
+def _warn_of_thread(args) -> None:
+    """Show what ended a thread; of a disk that takes nothing (TensorBoard's writer) one line."""
+    if isinstance(args.exc_value, OSError) and args.exc_value.errno in DISK:
+        _warn(args.exc_value, None, "", 0)
+    else:
+        traceback.print_exception(args.exc_value)
+
+
 def _refuse(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    hosts.leave(2)

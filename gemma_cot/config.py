@@ -121,11 +121,19 @@ class TrainConfig:
     )
     prompts_per_rollout: int = setting(32, "P: prompts sampled together; P / mini_batch updates.")
     mini_batch: int = setting(4, "Prompts per optimiser step, each with all its completions.")
+    num_iterations: int = setting(1, "mu: passes over a rollout's mini-batches, with one pi_old.")
+    dynamic_sampling: bool = setting(
+        False, "Groups with equal rewards are replaced by sampling on until a mini-batch differs."
+    )
     micro_batch: int = setting(1, "Completions a device runs forward and backward at a time.")
     learning_rate: float = setting(3e-6, "Peak learning rate of GRPO.")
     beta: float = setting(0.08, "Weight of the KL divergence from the reference (SFT) policy.")
     kl: str = setting(
-        "ratio_k3", "KL estimator in the loss: ratio_k3 (exact gradient), k2, k3, k1."
+        "ratio_k3", "KL estimator: ratio_k3 (exact gradient in the loss), k2, k3, k1."
+    )
+    kl_in: str = setting("loss", "Where it goes: loss, or reward (k1 is exact there).")
+    objective: str = setting(
+        "grpo", "Ratio of: a token (grpo, cispo), a completion's mean (gspo), all of it (rloo)."
     )
     epsilon: float = setting(0.2, "The probability ratio is clipped to 1 - epsilon ...")
     epsilon_high: float = setting(0.2, "... and to 1 + epsilon_high.")
@@ -133,6 +141,7 @@ class TrainConfig:
     aggregation: str = setting(
         "grpo", "Token weights: grpo 1/(B n_i), dapo 1/sum n, dr_grpo 1/(B L)."
     )
+    baseline: str = setting("mean", "A reward less: the group's mean, or leave_one_out (RLOO).")
     advantage_scale: str = setting(
         "group", "Advantages are divided by the std of: group, batch, none."
     )
@@ -160,10 +169,18 @@ class TrainConfig:
     adam_b2: float = setting(0.99, "AdamW decay of the second moment.")
     weight_decay: float = setting(0.1, "AdamW weight decay.")
     max_grad_norm: float = setting(0.1, "The gradient's global norm is clipped to this, once.")
+    max_skipped: int = setting(5, "Updates in a row that may be skipped as not finite.")
     # the machine
+    coordinator: str = setting(
+        "", "Several hosts: HOST:PORT of process 0, auto (asks JAX); empty: one, or a TPU pod's."
+    )
+    num_processes: int = setting(1, "Several hosts: how many processes run this command.")
+    process_id: int = setting(0, "Several hosts: which of them this one is, from 0.")
     mesh: str = setting("auto", "Devices as DATAxMODEL, e.g. 8x1; auto: suits model and batch.")
     dtype: str = setting("auto", "Weights and activations: float32, bfloat16; auto: by device.")
-    remat: bool = setting(False, "Recompute each layer in the backward pass, to save memory.")
+    remat: str = setting(
+        "products", "What a backward pass computes again: none; all but matrix products; all."
+    )
     attention: str = setting(
         "reference", "Attention by plain jnp: reference; by TPU kernels (elsewhere slow): pallas."
     )
@@ -173,10 +190,26 @@ class TrainConfig:
     # seeing and keeping
     eval_limit: int = setting(0, "Evaluate on the first N rows only; 0: all of them.")
     eval_batch: int = setting(128, "Completions decoded together in evaluation, on all devices.")
-    checkpoint_every: int = setting(100, "Steps between checkpoints (and one after each stage).")
-    keep_checkpoints: int = setting(2, "Latest checkpoints that are kept.")
+    checkpoint_every: int = setting(
+        100, "Steps between checkpoints (and one after each stage); 0: none between."
+    )
+    checkpoint_minutes: float = setting(0.0, "Minutes after which one is made anyway; 0: never.")
+    keep_checkpoints: int = setting(
+        2, "Latest checkpoints that are kept; from 2 on a damaged one loses little."
+    )
+    keep_best: str = setting(
+        "", "Metric whose highest value's checkpoint is kept too, e.g. reward; -NAME: the lowest."
+    )
     sample_every: int = setting(20, "GRPO steps between printed sample completions; 0: none.")
-    session: str = setting("", "Time limit such as 9h or 50m: GRPO ends early enough to evaluate.")
+    trace_every: int = setting(20, "GRPO steps between traces, token by token; 0: none.")
+    profile_steps: str = setting("", "GRPO steps a:b that write a JAX profiler trace to profile/.")
+    session: str = setting(
+        "", "Time limit (9h, 50m) or deadline (2026-11-26T18:00): training ends early enough for "
+        "evaluation and export."
+    )
+    allow_changes: str = setting(
+        "", "What may differ on --resume, as the refusal names it: flags, code, model, train_data."
+    )
 
 
 # --preset: command, hardware, what to expect -> overrides of the defaults above.
@@ -202,7 +235,7 @@ PRESETS: dict[str, dict] = {
     # The recipe on a v5e-8 (8 chips of 16 GB), one session of 9 hours.
     "gemma3_1b_v5e8": dict(
         output_dir="runs/gemma3_1b",
-        remat=True,
+        remat="all",
         session="9h",
         instruction=(
             "Think step by step, then answer. Write your thinking between <reasoning> and "

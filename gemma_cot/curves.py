@@ -2,7 +2,7 @@
 
 Six small panels from metrics.jsonl and the `stages` of summary.json: SFT loss, GRPO reward parts,
 KL, completion length, shares, and the accuracies of base, SFT and GRPO with their 95 % intervals.
-Called by train and report. Host only; knows no model and no flag.
+Called by train; report places the panels one by one. Host only; knows no model and no flag.
 """
 
 import math
@@ -116,33 +116,50 @@ def curves_svg(rows: list[dict], summary: dict | None) -> str:
         f"{panel}</g>"
         for i, panel in enumerate(panels)
     ]
+    return _svg("\n".join(placed), width, height, "Curves of a training run")
+
+
+def panel_svg(panel: Panel, rows: list[dict]) -> str:
+    """Return an SVG of one panel alone, with the lines drawn from `x_range` of its steps."""
+    return _svg(_step_panel(panel, rows), PANEL_WIDTH, PANEL_HEIGHT, panel.title)
+
+
+def stages_svg(stages: dict) -> str:
+    """Return an SVG of the evaluation of every stage alone."""
+    return _svg(_stage_panel(stages), PANEL_WIDTH, PANEL_HEIGHT, STAGE_TITLE)
+
+
+def x_range(steps: list[int]) -> tuple[int, int]:
+    """Return the steps at the left and right end of a plot."""
+    return min(steps), max(max(steps), min(steps) + 1)
+
+
+def _svg(inner: str, width: int, height: int, title: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
         f'height="{height}" role="img" font-family="Helvetica, Arial, sans-serif" font-size="11" '
-        f'fill="#333333">\n<title>Curves of a training run</title>\n'
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>\n'
-        + "\n".join(placed)
-        + "\n</svg>\n"
+        f'fill="#333333">\n<title>{escape(title)}</title>\n'
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>\n{inner}\n</svg>\n'
     )
 
 
 def _step_panel(panel: Panel, rows: list[dict]) -> str:
     """Draw each metric twice over the steps: as it is, pale, and its moving mean, strong."""
-    series = {line.metric: _series(rows, panel.stage, line.metric) for line in panel.lines}
-    points = [point for one in series.values() for point in one]
+    found = {line.metric: series(rows, panel.stage, line.metric) for line in panel.lines}
+    points = [point for one in found.values() for point in one]
     head = _title(panel.title) + _legend(panel.lines)
     if not points:
         return head + _empty(f"no {panel.stage} steps in metrics.jsonl")
     steps = [step for step, _ in points]
     low, high = (0.0, 1.0) if panel.share else _y_range([value for _, value in points])
     ticks = _ticks(low, high)
-    axes = Axes(min(steps), max(max(steps), min(steps) + 1), low, high)
+    axes = Axes(*x_range(steps), low, high)
     parts = [head, _grid(axes, ticks, _percent if panel.share else _number)]
     for tick in _ticks(axes.x0, axes.x1, whole=True):
         parts.append(_text(axes.x(tick), PANEL_HEIGHT - BOTTOM + 16, f"{tick:.0f}", "middle"))
     parts.append(_text((LEFT + PANEL_WIDTH - RIGHT) / 2, PANEL_HEIGHT - 10, X_TITLE, "middle"))
     for line in panel.lines:
-        values = series[line.metric]
+        values = found[line.metric]
         parts.append(_polyline(axes, values, line.colour, 'stroke-width="1" opacity="0.3"'))
         parts.append(_polyline(axes, _smooth(values), line.colour, 'stroke-width="2"'))
     return "".join(parts)
@@ -180,7 +197,7 @@ def _whisker(axes: Axes, x: float, value: float, interval: list | None, colour: 
     )
 
 
-def _series(rows: list[dict], stage: str, metric: str) -> list[tuple[int, float]]:
+def series(rows: list[dict], stage: str, metric: str) -> list[tuple[int, float]]:
     """Return the (step, value) pairs of a stage; null, NaN and absent values are left out."""
     mine = [row for row in rows if row["stage"] == stage]
     return [(row["step"], row[metric]) for row in mine if _is_number(row.get(metric))]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma_cot.axes import round_up
+from gemma_cot.grpo.reward import has_format
 from gemma_cot.tokenizer import PAD, Tokenizer, encode_prompt, encode_target
 
 DOMAINS = ("math", "code", "science")
@@ -63,21 +64,35 @@ def read_jsonl(path: str | Path, on_bad_row: str = "fail") -> tuple[list[Example
                 raise ValueError(f"{path}:{number}: {error}; correct or delete the line") from None
             rejects.append(f"{path}:{number}: {error}")
     if not examples:
+        first = f", the first {rejects[0]}" if rejects else ""
         raise ValueError(
-            f"{path}: must hold at least one good row, got {len(rejects)} bad ones and no other; "
-            "point to a dataset with rows"
+            f"{path}: must hold at least one good row, got {len(rejects)} bad ones and no other"
+            f"{first}; point to a dataset with rows"
         )
     return examples, rejects
 
 
 def parse_row(line: bytes | str, number: int) -> Example:
     """Turn one line into an Example. Raises ValueError saying what is wrong with it."""
+    example = check_row(parse_json(line), number)
+    if not has_format(example.chosen):  # it would teach a form that the format reward refuses
+        raise ValueError(
+            "chosen must be <reasoning>..</reasoning><answer>..</answer>, every tag once, nothing "
+            f"else, got {example.chosen!r:.60}"
+        )
+    return example
+
+
+def parse_json(line: bytes | str) -> object:
+    """Decode one line of JSON in UTF-8, perhaps behind a byte order mark. Raises ValueError."""
     try:
-        row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair (\ud800) is no text
+        text = line.removeprefix(b"\xef\xbb\xbf").decode() if isinstance(line, bytes) else line
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:  # perhaps half a surrogate pair, which is no text
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, bottomless nesting
         raise ValueError(f"must be JSON in UTF-8, got {error}") from None
-    return check_row(row, number)
+    return value
 
 
 def check_row(row: object, number: int) -> Example:

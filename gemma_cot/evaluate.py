@@ -6,18 +6,22 @@
 
 Appends a row per example to --output as they come (--resume goes on after a kill), writes how they
 were asked and scored to the same name ending in .protocol.json, the summary (rates with 95 %
-intervals over rows, by domain too) to .summary.json, and rows that changed to .changed.jsonl.
+intervals over rows, by domain too) to .summary.json, and rows that changed to .changed.jsonl. Hacks
+are scored as train scores them (`canaries` in the summary). With --allow_code_execution the code in
+answers runs in the sandbox against `metadata.tests`.
 """
 
 import time
+from functools import partial
 from pathlib import Path
 
 from absl import flags
 
-from gemma_cot import cli
-from gemma_cot.config import embedded
+from gemma_cot import cli, hosts
+from gemma_cot.config import TrainConfig, embedded
 from gemma_cot.data import encode_examples, prompt_width, read_jsonl
 from gemma_cot.evaluation import alarms, evaluate_batches, summarise, table
+from gemma_cot.guard import canaries
 from gemma_cot.model.load import write_json
 from gemma_cot.policy import Policy, define_policy_flags, load_policy, resolve_dtype
 from gemma_cot.results import (
@@ -31,12 +35,13 @@ from gemma_cot.results import (
     template_hash,
     write_results,
 )
-from gemma_cot.run import read_outcome
+from gemma_cot.run import read_rewards
 from gemma_cot.scores import budgets, changed_rows, pair_rows, paired
+from gemma_cot.settings import define_host_flags
 
 FLAGS = flags.FLAGS
 SCORES = {"format": "full format", "outcome": "answer right", "majority": "majority right",
-          "process": "process score"}  # fmt: skip
+          "process": "process score", "code": "code passes"}  # fmt: skip
 SHOWN = 5  # changed rows that are printed; the file has all
 
 
@@ -84,6 +89,7 @@ def protocol_of(policy: Policy, n: int, data: str) -> dict:
         "model": str(model),
         "adapter": FLAGS.adapter,
         "data": data,
+        **({"code": "metadata.tests in the sandbox"} if FLAGS.allow_code_execution else {}),
     }  # fmt: skip
 
 
@@ -91,13 +97,14 @@ def report(summary: dict, protocol: dict) -> str:
     """Return the printed table: everything with its interval, by domain, and the protocol."""
     lines = [table({"model": summary}, {})]
     lines += [table({d: r}, {}).splitlines()[1] for d, r in summary["domains"].items()]
-    names = {"repetition_rate": "repetition"}
+    names = {"repetition_rate": "repetition", "code_accuracy": "code passes"}
     if summary["num_completions"] > 1:
         names |= {f"pass_at_{k}": f"pass@{k}" for k in budgets(summary["num_completions"])}
         names |= {"majority_accuracy": "majority"}
     for label, rates in (("model", summary), *summary["domains"].items()):
         cells = [f"{short} {100 * rates[name]:.1f} % ({100 * rates[f'{name}_interval'][0]:.1f}-"
-                 f"{100 * rates[f'{name}_interval'][1]:.1f})" for name, short in names.items()]
+                 f"{100 * rates[f'{name}_interval'][1]:.1f})" for name, short in names.items()
+                 if name in rates]
         low, high = rates["mean_completion_tokens_interval"]
         cells.append(f"tokens {rates['mean_completion_tokens']:.1f} ({low:.1f}-{high:.1f})")
         lines.append(f"{label}: {'  '.join(cells)}")
@@ -143,13 +150,21 @@ def comparison(paths: tuple[str, str], results: tuple[list[dict], list[dict]]) -
 
 
 def main() -> None:
-    """Read, complete, score, write, compare, print."""
+    """Compare two files, or evaluate a policy."""
     if len(FLAGS.compare) == 2 and not FLAGS.output:
         before, after = FLAGS.compare
         print(comparison((before, after), (read_results(before), read_results(after)))[1])
         return
     check_flags()
-    outcome = read_outcome(FLAGS.math_verify)
+    cli.join_hosts(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    hosts.together(evaluate)
+
+
+def evaluate() -> None:
+    """Evaluate the policy that the flags name; process 0 writes and prints."""
+    names = ("math_verify", "process_matcher", "allow_code_execution")
+    rewards = read_rewards(TrainConfig(**{name: FLAGS[name].value for name in names}))
+    functions = {name: function for name, function, _ in rewards}
     others = [read_results(path) for path in FLAGS.compare]
     data = FLAGS.data or embedded("eval.jsonl")
     examples, rejects = read_jsonl(data, FLAGS.on_bad_row)
@@ -162,18 +177,24 @@ def main() -> None:
         policy.max_completion_tokens,
     )
     protocol = protocol_of(policy, len(rows), str(data))
-    results = open_results(FLAGS.output, protocol, FLAGS.resume, FLAGS.overwrite)
+    results = hosts.agreed(
+        partial(open_results, FLAGS.output, protocol, FLAGS.resume, FLAGS.overwrite)
+    )
     ids = {result["id"] for result in results}
     left = [row for row in rows if row.example.id not in ids]
     began, fresh = time.monotonic(), []
     for part in evaluate_batches(
         policy.params, policy.cfg, policy.lora, policy.tokenizer, left, policy.mesh,
         width=prompt_width(rows), max_new_tokens=policy.max_completion_tokens, batch=FLAGS.batch,
-        matcher=FLAGS.process_matcher, outcome=outcome, num_completions=FLAGS.num_completions,
-        temperature=FLAGS.temperature, seed=FLAGS.seed, done=len(results),
+        matcher=FLAGS.process_matcher, outcome=functions["outcome"], code=functions.get("code"),
+        num_completions=FLAGS.num_completions, temperature=FLAGS.temperature, seed=FLAGS.seed,
+        done=len(results),
     ):  # fmt: skip
-        append_results(FLAGS.output, part)
+        if hosts.is_writer():
+            append_results(FLAGS.output, part)
         fresh += part
+    if not hosts.is_writer():
+        return
     seconds = time.monotonic() - began
     tokens = sum(result["num_tokens"] for result in fresh) * FLAGS.num_completions
     results += fresh
@@ -185,7 +206,9 @@ def main() -> None:
         "rows_per_second": len(fresh) / seconds, "tokens_per_second": tokens / seconds,
         "seconds": seconds,
     }  # fmt: skip
+    summary["canaries"] = canaries.score_canaries(rows, rewards, policy.tokenizer)
     print(report(summary, protocol))
+    print("\n".join(canaries.lines(summary["canaries"])))
     if fresh:
         print(f"{len(fresh)} rows in {seconds:.1f} s, compilation included: "
               f"{len(fresh) / seconds:.1f} rows/s, {tokens / seconds:.0f} tokens/s")  # fmt: skip
@@ -197,6 +220,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     define_policy_flags()
+    define_host_flags()
     flags.DEFINE_string("data", "", "Rows to evaluate on (JSONL); empty: the embedded ones.")
     flags.DEFINE_string("output", "", "File that receives a result per row (JSONL).")
     flags.DEFINE_bool("resume", False, "Go on with --output where a killed evaluation stopped.")
@@ -210,6 +234,7 @@ if __name__ == "__main__":
         "process_matcher", "normalised", ["normalised", "literal"], "How checkpoints are found."
     )
     flags.DEFINE_bool("math_verify", False, "Math-Verify (extra `math`) decides on formulas.")
+    flags.DEFINE_bool("allow_code_execution", False, "Run answers' code against metadata.tests.")
     flags.DEFINE_integer("limit", 0, "Only the first N rows; 0: all.", lower_bound=0)
     flags.DEFINE_integer("batch", 128, "Completions decoded together.", lower_bound=1)
     flags.DEFINE_integer("num_completions", 1, "Samples of every row; above 1: pass@k, majority.",

@@ -7,11 +7,13 @@ flag.
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from gemma_cot import hosts
 from gemma_cot.axes import round_up
 from gemma_cot.config import ModelConfig
 from gemma_cot.data import Encoded
@@ -31,6 +33,7 @@ from gemma_cot.grpo.rollout import (
     sample_prompts,
 )
 from gemma_cot.model.params import Params
+from gemma_cot.model.sample import Samples
 from gemma_cot.progress import Progress
 from gemma_cot.scores import budgets, fold_samples, pass_at_k, rate_interval, samples_of
 from gemma_cot.stats import mcnemar_exact, mean_interval
@@ -58,6 +61,7 @@ def evaluate_batches(
     batch: int,
     matcher: str,
     outcome: RewardFunction = outcome_reward,
+    code: RewardFunction | None = None,
     num_completions: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
@@ -68,7 +72,8 @@ def evaluate_batches(
 
     batch: completions decoded together, over all devices; each call of the sampler takes about
     `QUEUE` times as many, which wait for a place. The last call is filled up with repeats that are
-    not scored. done: rows that were evaluated before, for the progress bar.
+    not scored. code: what runs the answer's code, None: nothing does. done: rows that were
+    evaluated before, for the progress bar.
     """
     devices, k = mesh.shape["data"], num_completions
     calls = math.ceil(len(rows) * k / (QUEUE * batch))
@@ -79,7 +84,7 @@ def evaluate_batches(
         for first in range(0, len(rows), max(size, 1)):
             part = rows[first : first + size]
             filled = [part[i % len(part)] for i in range(size)]
-            samples = jax.device_get(
+            samples = hosts.own(
                 sample_prompts(
                     params, cfg, lora, [row.prompt_ids for row in filled], width, key, mesh,
                     prompt_ids=[row.example.id for row in filled], num_completions=k,
@@ -87,21 +92,32 @@ def evaluate_batches(
                     stop_ids=tokenizer.stop_ids, slots=math.ceil(batch / devices),
                 )
             )  # fmt: skip
-            tokens_BT, mask_BT, stopped_B = (
-                array[: len(part) * k]
-                for array in (samples.tokens_BT, samples.completion_mask_BT, samples.stopped_B)
-            )
-            texts = completion_texts(tokenizer, tokens_BT, mask_BT, stopped_B)
-            ids = completion_ids(tokens_BT, mask_BT)
-            yield score_rows(part, texts, ids, stopped_B, matcher, outcome)
-            tokens += int(mask_BT.sum())
+            own = part[hosts.share(size)]  # completed by this process's devices, and scored here
+            score = partial(score_completions, samples, own, k, tokenizer, matcher, outcome, code)
+            results = [result for results in hosts.gather(score) for result in results]
+            yield results
+            tokens += int(k * sum(result["num_tokens"] for result in results))
             rate = tokens / (time.monotonic() - began)
             progress.update(len(part), f"{rate:.0f} tokens/s")
 
 
+def score_completions(
+    samples: Samples, rows: list[Encoded], k: int, tokenizer: Tokenizer, matcher: str,
+    outcome: RewardFunction, code: RewardFunction | None = None,
+) -> list[dict]:
+    """Return the results of `rows`, k samples each, from the first of `samples` (host arrays)."""
+    tokens_BT, mask_BT, stopped_B = (
+        array[: len(rows) * k]
+        for array in (samples.tokens_BT, samples.completion_mask_BT, samples.stopped_B)
+    )
+    texts = completion_texts(tokenizer, tokens_BT, mask_BT, stopped_B)
+    ids = completion_ids(tokens_BT, mask_BT)
+    return score_rows(rows, texts, ids, stopped_B, matcher, outcome, code) if rows else []
+
+
 def score_rows(
     rows: list[Encoded], texts: list[str], ids: list[list[int]], stopped: np.ndarray, matcher: str,
-    outcome: RewardFunction = outcome_reward,
+    outcome: RewardFunction = outcome_reward, code: RewardFunction | None = None,
 ) -> list[dict]:
     """Return the result of every row: what was asked, what came, what it scores.
 
@@ -113,6 +129,7 @@ def score_rows(
     formats = format_reward(prompts, texts, **columns)
     processes = process_reward(prompts, texts, matcher=matcher, **columns)
     outcomes = outcome(prompts, texts, **columns)
+    codes = code(prompts, texts, **columns) if code else []
     samples = []
     for i, text in enumerate(texts):
         reasoning = split_blocks(text)[0] or ""
@@ -129,6 +146,7 @@ def score_rows(
                 "checkpoints_literal": checkpoint_hits(reasoning, checkpoints, "literal")[0],
                 "checkpoints_normalised": checkpoint_hits(reasoning, checkpoints)[0],
             }
+            | ({"code": codes[i]} if code else {})
         )
     results = []
     for p, row in enumerate(rows):
@@ -166,6 +184,9 @@ def _rates(results: list[dict]) -> dict:
         "answer_accuracy": [r["outcome"] for r in answered],
         "truncated_rate": truncated,
     }
+    tested = [r["code"] for r in results if r.get("code") is not None]
+    if tested:
+        rates["code_accuracy"] = tested
     if k > 1:
         rates["majority_accuracy"] = [r["majority"] for r in answered]
         for budget in budgets(k):

@@ -1,4 +1,4 @@
-"""Export the adapter of a run's latest checkpoint, whether the run has ended or not.
+"""Export the adapter of a run's checkpoint (the latest by default), whether the run ended or not.
 
     python -m gemma_cot.export --run=runs/tiny --output=DIR --format=merged|peft
 """
@@ -13,7 +13,7 @@ from gemma_cot import cli
 from gemma_cot.lora import load_peft, merge, save_peft
 from gemma_cot.model.load import load_pretrained, save_pretrained
 from gemma_cot.policy import resolve_dtype, write_recipe
-from gemma_cot.run import latest_adapter, read_config
+from gemma_cot.run import read_config, saved_adapter
 
 FLAGS = flags.FLAGS
 
@@ -35,7 +35,7 @@ def main() -> None:
         raise ValueError(f"--output: {out} must be new or empty, got files in it; choose another")
     cfg, model_dir = read_config(FLAGS.run)
     model_cfg, params = load_pretrained(model_dir, resolve_dtype(cfg.dtype))
-    lora, where = latest_adapter(cfg, model_cfg)
+    lora, where = saved_adapter(cfg, model_cfg, FLAGS.checkpoint)
     if FLAGS.format == "peft":
         save_peft(out, model_cfg, lora, model_dir)
         written, again = lora.layers, load_peft(out, model_cfg).layers
@@ -55,5 +55,6 @@ def main() -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("run", "", "Folder of a run of gemma_cot.train.")
     flags.DEFINE_string("output", "", "New folder to write.")
+    flags.DEFINE_integer("checkpoint", None, "Number in RUN/checkpoints; default: the latest.")
     flags.DEFINE_enum("format", "merged", ["merged", "peft"], "Whole model, or adapter alone.")
     cli.run(main)

@@ -1,21 +1,26 @@
-"""What a run reports: metrics.jsonl, TensorBoard files, the one line a step prints.
+"""What a run reports: metrics.jsonl, TensorBoard and Weights & Biases, the one line a step prints.
 
 Host only; knows no model and no flag. `METRICS` is the glossary that the README prints. The JSONL
-file is the record (a resumed run drops what it will redo); TensorBoard files are a convenience.
+file is the record (a resumed run drops what it will redo); the others are a convenience, made when
+their packages are installed. Weights & Biases stays offline unless WANDB_MODE says otherwise.
 """
 
 import importlib
+import importlib.util
 import json
 import math
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 METRICS = {
-    "loss": "What is minimised: SFT mean nats a token; GRPO surrogate, 0 + beta * KL on-policy.",
+    "loss": "What is minimised: SFT mean nats a token; GRPO 0 + beta * KL on-policy, not CISPO.",
     "grad_norm": "Euclidean norm of the whole gradient, before clipping.",
+    "skipped": "Whether the update was left out (1), as loss or gradient was not finite, or not (0).",
     "learning_rate": "Learning rate of this update.",
     "tokens": "Completion tokens that carried loss in this step, over all devices.",
     "reward": "Mean over completions of the weighted sum of all reward parts.",
@@ -37,13 +42,20 @@ METRICS = {
     "truncated_rate": "Share of completions cut off at the length limit, without a stop token.",
     "repetition": "Share of runs of 8 tokens that repeat an earlier one, mean over completions.",
     "signal_share": "Share of groups whose rewards differ; the others teach nothing.",
+    "rollouts": "Rollouts that were sampled for these updates (dynamic sampling).",
+    "wasted_tokens": "Share of sampled tokens that enter no update, for want of signal (dynamic).",
+    "reserve_groups": "Groups with signal left over for the next update (dynamic sampling).",
+    "filled_groups": "Groups without signal that fill up an update for want of others (dynamic).",
     "logp_drift_max": "Largest |log-prob in the sampler - log-prob in the trainer| of a token.",
     "logp_drift_mean": "Mean of that difference; float noise only, below 1e-4 in float32.",
     "tokens_per_second": "Completion tokens (`tokens`) per second of the whole step.",
+    "memory_gib": "Most memory so far in GiB: of the fullest device or, on a CPU, of the process.",
     "seconds_rollout": "Seconds spent sampling completions.",
     "seconds_reward": "Seconds spent scoring completions on the host.",
     "seconds_update": "Seconds spent on log-probs, gradients and the optimiser.",
 }
+
+KEPT_ROWS = 256  # of the latest lines, for alarms
 
 _SFT_LINE = (
     "loss {loss:.3g} (nats a token)",
@@ -64,20 +76,27 @@ _GRPO_LINE = (
     "{speed} tok/s",
     "rollout {seconds_rollout:.2f}s reward {seconds_reward:.2f}s update {seconds_update:.2f}s",
 )
-_ON_POLICY = " (0 + beta*KL: watch grad)"  # the surrogate itself is 0, its gradient is not
+_ON_POLICY = " (on-policy: watch grad)"  # the surrogate is 0, but for CISPO, its gradient is not
 
 
 class MetricsWriter:
-    """Append steps to `run/metrics.jsonl` and, when it is installed, to `run/tensorboard/`.
+    """Append steps to `run/metrics.jsonl`, `run/tensorboard/` and `run/wandb/`.
 
-    Tags are STAGE/NAME. A context manager; close() is safe to call twice.
+    Tags are STAGE/NAME. Lines that the disk does not take are kept and tried again with the next.
+    `last` is what was last written, `rows` the latest lines. A context manager; close() is safe to
+    call twice.
     """
 
-    def __init__(self, run: str | Path):
+    def __init__(self, run: str | Path, write: bool = True):
         run = Path(run)
-        run.mkdir(parents=True, exist_ok=True)
-        self._file = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        self._add_scalar, self._close_events = _open_events(run / "tensorboard")
+        if write:
+            run.mkdir(parents=True, exist_ok=True)
+        path = run / "metrics.jsonl" if write else os.devnull
+        self.rows = deque(read_metrics(run / "metrics.jsonl"), maxlen=KEPT_ROWS)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._unwritten, self._warned, self.last = b"", False, {}
+        self._add_scalar, self._close_events = _open_events(run / "tensorboard" if write else None)
+        self._log_wandb, self._close_wandb = _open_wandb(run if write else None)
 
     def write(self, stage: str, step: int, metrics: dict) -> None:
         """Append one line and flush it: `stage`, `step` and every metric as a float.
@@ -87,15 +106,44 @@ class MetricsWriter:
         """
         values = {name: float(value) for name, value in metrics.items()}
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        line = json.dumps({"stage": stage, "step": int(step), **finite}, allow_nan=False)
-        self._file.write(line + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._add_scalar(f"{stage}/{name}", value, int(step))
+        self.rows.append({"stage": stage, "step": int(step), **finite})
+        line = json.dumps(self.rows[-1], allow_nan=False)
+        self._unwritten, self.last = self._unwritten + line.encode() + b"\n", values
+        self._flush()
+        with self._conveniences():
+            for name, value in values.items():
+                self._add_scalar(f"{stage}/{name}", value, int(step))
+            tagged = {f"{stage}/{name}": v for name, v in (values | {"step": step}).items()}
+            self._log_wandb(tagged)
+
+    @contextmanager
+    def _conveniences(self) -> Iterator[None]:
+        """Do without TensorBoard and W&B from the first line on that the disk does not take."""
+        try:
+            yield
+        except OSError as error:
+            self._add_scalar = self._log_wandb = self._close_wandb = lambda *_: None
+            self._close_events = lambda: None
+            warnings.warn(f"no more TensorBoard and W&B files: {error.strerror}", stacklevel=4)
+
+    def _flush(self) -> None:
+        """Write what there is; warn once where the disk takes none."""
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not self._warned:
+                line = f"metrics.jsonl: takes no lines, got {error.strerror}; they are kept"
+                warnings.warn(f"{line} in memory until it does", stacklevel=3)
+            self._warned = True
 
     def close(self) -> None:
-        self._file.close()
-        self._close_events()
+        if not self._file.closed:
+            self._flush()
+            self._file.close()
+            with self._conveniences():
+                self._close_events()
+                self._close_wandb()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -142,9 +190,9 @@ def truncate_after(path: str | Path, stage_steps: dict[str, int]) -> int:
     return len(rows) - len(kept)
 
 
-def _open_events(folder: Path) -> tuple[Callable, Callable]:
+def _open_events(folder: Path | None) -> tuple[Callable, Callable]:
     """Return (add_scalar(tag, value, step), close); both do nothing without TensorBoard."""
-    for opener in (_open_tensorboardx, _open_tensorboard):
+    for opener in (_open_tensorboardx, _open_tensorboard) if folder else ():
         try:
             return opener(folder)
         except ImportError:
@@ -172,6 +220,31 @@ def _open_tensorboard(folder: Path) -> tuple[Callable, Callable]:
         writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
 
     return add_scalar, writer.close
+
+
+def _open_wandb(run: Path | None) -> tuple[Callable, Callable]:
+    """Return (log(values by "STAGE/NAME"), close); both do nothing without Weights & Biases.
+
+    Each stage has its own x axis, "STAGE/step". WANDB_MODE: offline (the default here: files that
+    `wandb sync` sends), online, disabled.
+    """
+    mode, nothing = os.environ.get("WANDB_MODE", "offline"), (lambda values: None, lambda: None)
+    if run is None or mode == "disabled" or not importlib.util.find_spec("wandb"):
+        return nothing
+    try:
+        wandb = importlib.import_module("wandb")
+        settings = wandb.Settings(console="off", silent=True, quiet=True)
+        config = json.loads((run / "config.json").read_text()) if run.exists() else {}
+        opened = wandb.init(
+            project="gemma_cot", name=run.resolve().name, dir=str(run), mode=mode, config=config,
+            settings=settings,
+        )  # fmt: skip
+        for stage in ("sft", "grpo"):
+            opened.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        return opened.log, opened.finish
+    except Exception as error:  # no key, no network, a broken installation: never the run's end
+        warnings.warn(f"no Weights & Biases, it fails to start: {error!r}", stacklevel=3)
+        return nothing
 
 
 def step_line(stage: str, step: int, total_steps: int, metrics: dict) -> str:

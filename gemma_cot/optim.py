@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from gemma_cot import hosts
 from gemma_cot.axes import per_device, replicated, sharding_of
 from gemma_cot.config import TrainConfig
 
@@ -65,7 +66,7 @@ def split_batch(batch: dict, rows_per_micro: int, mesh: Mesh) -> dict:
 
     def place(value: np.ndarray):
         micro = value.reshape(-1, rows_per_micro, *value.shape[1:])
-        return jax.device_put(micro, sharding_of("MBT"[: micro.ndim], mesh))
+        return hosts.place(micro, sharding_of("MBT"[: micro.ndim], mesh))
 
     return {name: place(np.asarray(value)) for name, value in batch.items()}
 
@@ -123,11 +124,23 @@ def data_parallel_gradients(loss_fn: Callable, mesh: Mesh) -> Callable:
     return whole_gradients
 
 
+@jax.named_scope("apply_gradients")
 def apply_gradients(
-    optimizer: optax.GradientTransformation, state: TrainState, grads
-) -> tuple[TrainState, jax.Array]:
-    """Make one update. Returns (new state, global norm of the gradient before clipping)."""
+    optimizer: optax.GradientTransformation, state: TrainState, grads, loss: jax.Array | float = 0.0
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Make one update. Returns (new state, {"grad_norm": before clipping, "skipped": 0 or 1}).
+
+    Where gradient or loss is not finite, only the counters go on (of steps and of the schedule);
+    adapter and moments stay.
+    """
+    norm = optax.tree.norm(grads)
+    good = jnp.isfinite(norm) & jnp.isfinite(loss)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to its int32 counter
         updates, opt_state = optimizer.update(grads, state.opt_state, state.lora)
-    lora = optax.apply_updates(state.lora, updates)
-    return TrainState(state.step + 1, lora, opt_state), optax.tree.norm(grads)
+    new = TrainState(state.step + 1, optax.apply_updates(state.lora, updates), opt_state)
+
+    def kept(new, old):
+        return jnp.where(good, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
+
+    state = jax.tree.map(kept, new, state)
+    return state, {"grad_norm": norm, "skipped": 1.0 - good.astype(jnp.float32)}

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from absl import flags
 from jax.sharding import Mesh
 
-from gemma_cot.axes import auto_mesh, check_mesh, make_mesh, replicated
+from gemma_cot import hosts
+from gemma_cot.axes import auto_mesh, check_mesh, check_processes, make_mesh, replicated
 from gemma_cot.config import ModelConfig, TrainConfig, embedded
 from gemma_cot.lora import Lora, load_peft
 from gemma_cot.model.load import load_pretrained, read_json, write_json
@@ -93,7 +94,7 @@ def load_policy(values: flags.FlagValues) -> Policy:
     dtype = resolve_dtype(values.dtype)
     mesh = mesh_for(values.mesh, cfg, dtype)
     _, params = load_pretrained(model_dir, dtype, mesh)
-    lora = jax.device_put(lora, replicated(mesh))
+    lora = hosts.place(lora, replicated(mesh))
     names = ("instruction", "max_prompt_tokens", "max_completion_tokens")
     return Policy(cfg, params, lora, tokenizer, mesh, *(recipe[name] for name in names))
 
@@ -111,13 +112,16 @@ def mesh_for(
 
     Raises ValueError when the model cannot be cut so.
     """
-    devices = jax.devices() if devices is None else devices
+    here = jax.local_devices() if devices is None else devices
     if text == "auto":
-        memory = device_memory(devices[0]) if memory is None else memory
+        memory = device_memory(here[0]) if memory is None else memory
         weight_bytes = num_params(cfg) * jnp.dtype(dtype).itemsize
-        text = auto_mesh(len(devices), cfg.sizes, weight_bytes, memory, batches)
+        count = jax.device_count() if devices is None else len(devices)
+        text = auto_mesh(count, cfg.sizes, weight_bytes, memory, batches, len(here))
     mesh = make_mesh(text, devices)
     check_mesh(mesh, cfg.sizes)
+    if devices is None:
+        check_processes(mesh)
     return mesh
 
 

@@ -13,6 +13,9 @@ from pathlib import Path
 from gemma_cot.tokenizer import render_turns
 
 KEYS = {"id", "domain", "prompt", "format", "process", "outcome"}
+# What a summary needs besides; evaluations of older versions lack some of it.
+SUMMARY_KEYS = {"num_tokens", "repetition", "checkpoints", "checkpoints_literal",
+                "checkpoints_normalised"}  # fmt: skip
 # Where files lie decides nothing: their hashes do, and these stand in the protocol too.
 PLACES = ("model", "adapter", "data")
 
@@ -129,6 +132,13 @@ def open_results(path: str | Path, protocol: dict, resume: bool, overwrite: bool
             whole = path.read_bytes().rfind(b"\n") + 1
             os.truncate(path, whole)
             done = read_results(path)
+            lacking = sorted(SUMMARY_KEYS.difference(*done[:1]))
+            if done and lacking:
+                raise ValueError(
+                    f"--resume: rows in {path} must hold all that this version scores, got none of "
+                    f"{', '.join(lacking)}: an older version wrote them; begin anew with "
+                    "--overwrite, or name another file"
+                )
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"")

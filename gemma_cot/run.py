@@ -6,6 +6,7 @@ train; knows no stage's mathematics.
 
 import dataclasses
 import json
+import math
 import shutil
 import time
 import warnings
@@ -16,7 +17,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from gemma_cot import checkpoint
+from gemma_cot import checkpoint, hosts
 from gemma_cot.axes import replicated
 from gemma_cot.config import ModelConfig, TrainConfig, embedded
 from gemma_cot.data import Encoded, encode_examples, prompt_width, read_jsonl
@@ -33,21 +34,22 @@ from gemma_cot.guard import canaries, sandbox, symbolic
 from gemma_cot.guard.user import checked, load_reward
 from gemma_cot.lora import Lora, init_lora
 from gemma_cot.metrics import truncate_after
-from gemma_cot.model.load import load_pretrained, read_json, write_json
+from gemma_cot.model.load import load_pretrained, read_json
 from gemma_cot.model.params import Params
-from gemma_cot.optim import init_state, make_optimizer, make_schedule
+from gemma_cot.optim import TrainState
 from gemma_cot.policy import mesh_for, resolve_dtype
-from gemma_cot.settings import check_batches, cut_batches, session_seconds
+from gemma_cot.results import append_results, open_results, read_protocol, write_whole
+from gemma_cot.resume import FILE, as_json, check_folder, fingerprint
+from gemma_cot.session import Interrupted, Session
+from gemma_cot.settings import check_batches, cut_batches
 from gemma_cot.tokenizer import Tokenizer, load_tokenizer
 
 STAGES = ("sft", "grpo")
 OUTPUTS = ("config.json", "metrics.jsonl", "summary.json", "rejects.txt", "reward_errors.jsonl",
-           "curves.svg", "eval",
-           "checkpoints", "adapter", "merged", "tensorboard")  # fmt: skip
-# Settings that a resumed run may be given anew: they change no number of the run.
-FREE_ON_RESUME = {"resume", "overwrite", "session", "sample_every", "checkpoint_every",
-                  "max_reward_errors",
-                  "keep_checkpoints"}  # fmt: skip
+           "curves.svg", "bad", "eval",
+           "checkpoints", "adapter", "merged", "tensorboard", "traces", "profile", "wandb",
+           "environment.json", "report.html", FILE)  # fmt: skip
+MARGIN = 15.0  # seconds kept back at the end of a session for what is not measured
 
 
 @dataclass
@@ -63,8 +65,13 @@ class Run:
     rewards: list[tuple]  # (name, function, weight)
     mesh: Mesh
     rejects: list[str]  # rows that were skipped or discarded, with the reason
-    began: float = field(default_factory=time.monotonic)
+    fingerprint: dict  # hashes of code, model and data
+    begin: dict = field(default_factory=dict)  # meta and number of the checkpoint to go on from
+    session: Session = field(default_factory=Session)
+    saver: checkpoint.Saver = field(default_factory=checkpoint.Saver)
+    saved: float = field(default_factory=time.monotonic)  # when the latest checkpoint began
     seconds: dict[str, float] = field(default_factory=dict)  # phase -> wall-clock seconds
+    measured: dict[str, float] = field(default_factory=dict)  # what `kept_back` goes by
     reward_errors: list[dict] = field(default_factory=list)  # rows on which a reward raised
     canaries: dict[str, dict] = field(default_factory=dict)  # stage -> what hacks earned then
 
@@ -85,37 +92,90 @@ class Run:
 
     def place(self, tree):
         """Return `tree` (adapter, optimiser state) replicated over the mesh."""
-        return jax.device_put(tree, replicated(self.mesh))
+        return hosts.place(tree, replicated(self.mesh))
 
-    def save(self, stage: str, step: int, tree: dict) -> None:
-        """Write a checkpoint after `step` of `stage`, numbered through both stages."""
+    def save_due(self, before: int, step: int) -> bool:
+        """Whether to save after `step`, `before` being the step after which that was last asked."""
+        every, minutes = self.cfg.checkpoint_every, self.cfg.checkpoint_minutes
+        by_steps = every > 0 and step // every > before // every
+        if by_steps or not minutes:
+            return by_steps
+        return hosts.agreed(lambda: time.monotonic() - self.saved >= 60 * minutes)
+
+    def save(self, stage: str, step: int, tree: dict, metrics: dict) -> None:
+        """Begin to save a checkpoint after `step` of `stage`, numbered through both stages.
+
+        metrics: what was last logged, for --keep_best. Warns when the save before came to nothing.
+        """
+        self.settle()
         number = step + (self.cfg.sft_steps if stage == "grpo" else 0)
-        folder = self.out / "checkpoints"
-        if number not in checkpoint.all_steps(folder):
-            checkpoint.save(folder, number, tree, {"stage": stage, "step": step})
-            checkpoint.prune(folder, self.cfg.keep_checkpoints)
+        folder, self.saved = self.out / "checkpoints", time.monotonic()
+        if hosts.is_writer() and checkpoint.fault(folder / str(number)):  # not there, or broken
+            finite = {n: v for n, v in metrics.items() if isinstance(v, float) and math.isfinite(v)}
+            meta = {"stage": stage, "step": step, "metrics": finite, "measured": self.measured}
+            keep = partial(checkpoint.prune, folder, self.cfg.keep_checkpoints, self.cfg.keep_best)
+            self.saver.start(folder, number, tree, meta, keep)
+
+    def settle(self) -> None:
+        """Wait for the save that is under way; warn when it came to nothing."""
+        problem = self.saver.wait()
+        if problem:
+            good = checkpoint.all_steps(self.out / "checkpoints")
+            where = f"the last good checkpoint is {good[-1]}" if good else "there is none yet"
+            warnings.warn(f"{problem}; the run goes on, {where}", stacklevel=2)
 
     def restore(self, stage: str, tree: dict) -> tuple[int, dict]:
-        """Return (steps of `stage` done, its tree): the latest checkpoint, if it is of `stage`."""
-        folder = self.out / "checkpoints"
-        if self.cfg.resume and checkpoint.latest_step(folder) is not None:
-            meta = checkpoint.read_meta(folder)
-            if meta["stage"] == stage:
-                return meta["step"], checkpoint.restore(folder, tree)[0]
-        return 0, tree
+        """Return (steps of `stage` done, its tree): what the run goes on from, if of `stage`."""
+        if self.begin.get("stage") != stage:
+            return 0, tree
+        tree, _ = checkpoint.restore(self.out / "checkpoints", tree, self.begin["number"])
+        return self.begin["step"], tree
+
+    def restore_part(self, tree: dict) -> dict:
+        """Return `tree`, a part of what the checkpoint holds that the run goes on from."""
+        return checkpoint.restore(self.out / "checkpoints", tree, self.begin["number"], True)[0]
 
     def stage_done(self, stage: str) -> bool:
-        """Whether a later stage than `stage` has a checkpoint already."""
-        folder = self.out / "checkpoints"
-        if not self.cfg.resume or checkpoint.latest_step(folder) is None:
-            return False
-        return STAGES.index(checkpoint.read_meta(folder)["stage"]) > STAGES.index(stage)
+        """Whether the run goes on from a later stage than `stage`."""
+        return bool(self.begin) and STAGES.index(self.begin["stage"]) > STAGES.index(stage)
+
+    def open_eval(self, stage: str, step: int) -> tuple[Path, list[dict]]:
+        """Return the result file of a stage after `step` steps, and the rows it has from before.
+
+        Rows that were asked of another policy or in another way are done anew.
+        """
+        path, cfg = self.out / "eval" / f"{stage}.jsonl", self.cfg
+        asked = ("instruction", "max_prompt_tokens", "max_completion_tokens", "process_matcher")
+        protocol = {name: getattr(cfg, name) for name in asked}
+        protocol |= {"stage": stage, "step": step, "n": len(self.eval)}
+        protocol |= {name: self.fingerprint[name] for name in ("model", "eval_data", "code")}
+
+        def begun() -> list[dict]:
+            same = cfg.resume and read_protocol(path) == json.loads(json.dumps(protocol))
+            return open_results(path, protocol, resume=same, overwrite=True)
+
+        try:
+            return path, hosts.agreed(begun)
+        except ValueError:
+            line = f"{path}: cannot be written, its rows are kept in memory; make room"
+            warnings.warn(line, stacklevel=2)
+            return path, []
+
+    def keep_eval(self, path: Path, results: list[dict]) -> None:
+        """Append results to their file; warn where it takes none."""
+        try:
+            if hosts.is_writer():
+                append_results(path, results)
+        except ValueError:
+            line = f"{path}: takes no more rows, they are kept in memory; make room"
+            warnings.warn(line, stacklevel=2)
 
     @property
     def outcome(self):
         """The outcome reward, as training and evaluation both use it."""
         return {name: function for name, function, _ in self.rewards}["outcome"]
 
+    @jax.profiler.annotate_function
     def score(self, samples, rows: list[Encoded]) -> Rollout:
         """Read and score samples. A row on which a reward raises goes to reward_errors.jsonl.
 
@@ -125,8 +185,12 @@ class Run:
         errors = self.reward_errors if limit else None
         rewards = [(name, checked(name, f, errors), weight) for name, f, weight in self.rewards]
         rollout = score_samples(samples, rows, self.tokenizer, rewards, self.cfg.num_generations)
+        self.measured["rollout_tokens"] = float(samples.completion_mask_BT.sum(1).mean())
         fresh = self.reward_errors[before:]
-        if fresh:
+        if limit:  # those of all processes
+            fresh = [error for errors in hosts.gather(lambda: fresh) for error in errors]
+            self.reward_errors[before:] = fresh
+        if fresh and hosts.is_writer():
             with open(self.out / "reward_errors.jsonl", "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(error) + "\n" for error in fresh)
         if len(self.reward_errors) > limit:
@@ -143,27 +207,55 @@ class Run:
         return canaries.alarms(self.canaries[stage])
 
     def timed(self, name: str, work, *args):
-        """Return work(self, *args), its wall-clock time kept under `name`."""
+        """Return work(self, *args), its wall-clock time kept under `name`.
+
+        Raises Interrupted instead when the run was asked to stop.
+        """
+        self.leave_if_asked()
         began = time.perf_counter()
         value = work(self, *args)
-        self.seconds[name] = round(time.perf_counter() - began, 2)
+        self.seconds[name] = seconds = round(time.perf_counter() - began, 2)
+        kind = name.partition("_")[0]  # "evaluate" or "export", the longest counts
+        if seconds > self.measured.get(kind, 0.0):
+            self.measured[kind] = seconds
+            if kind == "evaluate":
+                tokens = sum(result["num_tokens"] for result in value)
+                self.measured["evaluate_tokens"] = tokens / max(len(value), 1)
         return value
 
-    def out_of_time(self) -> bool:
-        """Whether the --session ends before another step, the last evaluation and the export.
+    def leave_if_asked(self) -> None:
+        """Raise Interrupted when a signal asked the run to stop; everything is saved then."""
+        if self.session.stops() and self.session.asked:
+            raise Interrupted(self.session.asked)
 
-        Kept back: one and a half times the longest evaluation so far, and one minute.
+    def kept_back(self, evaluations: int = 1) -> float:
+        """Return the seconds to keep back for evaluations, merge and export.
+
+        A quarter more than the longest of each took so far, evaluation longer by as much as
+        completions are now longer than they were in it.
         """
-        evaluations = [s for name, s in self.seconds.items() if name.startswith("evaluate")]
-        reserve = 1.5 * max(evaluations, default=0.0) + 60
-        elapsed = time.monotonic() - self.began
-        return elapsed + reserve > session_seconds(self.cfg.session)
+        have = self.measured.get
+        growth = max(1.0, have("rollout_tokens", 0.0) / max(have("evaluate_tokens", 0.0), 1.0))
+        work = evaluations * growth * have("evaluate", 0.0) + have("export", 0.0)
+        return MARGIN + 1.25 * work
+
+    def turn(self, stage: str, step: int, total: int) -> bool:
+        """Whether another turn of `stage` may begin, `step` of whose `total` steps are done."""
+        evaluations = 2 if stage == "sft" and self.cfg.grpo_steps else 1
+        return self.session.turn(stage, step, total, self.kept_back(evaluations))
+
+    def out_of_time(self) -> bool:
+        """Whether to begin nothing more: asked to stop, or the rest of --session is kept back."""
+        return self.session.stops(self.kept_back())
 
 
-def prepare(cfg: TrainConfig) -> Run:
+def prepare(cfg: TrainConfig, session: Session | None = None) -> Run:
     """Read and check everything that a run needs; write nothing. Raises ValueError, one line."""
-    check_folder(cfg)
+    session = session or Session(cfg.session)
     rewards = read_rewards(cfg)
+    prints = fingerprint(cfg)
+    hosts.check_same(as_json(cfg) | prints | {"process_id": 0})
+    begin = hosts.agreed(partial(check_folder, cfg, prints))
     examples, rejects = {}, []
     for split, path in (("train", cfg.train_data), ("eval", cfg.eval_data)):
         examples[split], bad = read_jsonl(path or embedded(f"{split}.jsonl"), cfg.on_bad_row)
@@ -193,7 +285,10 @@ def prepare(cfg: TrainConfig) -> Run:
     mesh = mesh_for(cfg.mesh, model_cfg, dtype, cut_batches(cfg))
     check_batches(cfg, mesh.shape["data"])
     _, params = load_pretrained(model_dir, dtype, mesh)
-    return Run(cfg, model_cfg, params, tokenizer, train, unseen, rewards, mesh, rejects)
+    return Run(
+        cfg, model_cfg, params, tokenizer, train, unseen, rewards, mesh, rejects, prints, begin,
+        session, measured=dict(begin.get("measured", {})),
+    )  # fmt: skip
 
 
 def read_rewards(cfg: TrainConfig) -> list[tuple]:
@@ -242,39 +337,6 @@ def check_positions(cfg: TrainConfig, model_cfg: ModelConfig) -> None:
         )
 
 
-def check_folder(cfg: TrainConfig) -> None:
-    """Raise ValueError when --output_dir holds another run, or none where one is to be resumed."""
-    config = Path(cfg.output_dir) / "config.json"
-    holds_run = config.exists()
-    if cfg.resume:
-        if not holds_run:
-            raise ValueError(
-                f"--resume: {cfg.output_dir} must hold a run, got no config.json there; "
-                "correct --output_dir or drop --resume"
-            )
-        before, now = read_json(config), as_json(cfg)
-        differ = [n for n in now if n not in FREE_ON_RESUME and before.get(n) != now[n]]
-        if differ:
-            name = differ[0]
-            raise ValueError(
-                f"--resume: settings must be those of the run in {cfg.output_dir}, got "
-                f"{len(differ)} that differ, first {name}: {before.get(name)!r} then, "
-                f"{now[name]!r} now; set it back or choose another --output_dir"
-            )
-    elif holds_run and not cfg.overwrite:
-        raise ValueError(
-            f"--output_dir: {cfg.output_dir} must not hold a run, got one; add --resume to go on "
-            "with it, --overwrite to delete it, or choose another folder"
-        )
-    elif Path(cfg.output_dir).exists() and not Path(cfg.output_dir).is_dir():
-        raise ValueError(f"--output_dir: {cfg.output_dir} must be a folder, got a file; choose one")
-
-
-def as_json(cfg: TrainConfig) -> dict:
-    """Return the settings as JSON gives them back."""
-    return json.loads(json.dumps(dataclasses.asdict(cfg)))
-
-
 def open_run(run: Run) -> None:
     """Make the run's folder: config.json, and metrics.jsonl cut back to the last checkpoint."""
     if run.cfg.overwrite:
@@ -285,40 +347,38 @@ def open_run(run: Run) -> None:
             else:
                 path.unlink(missing_ok=True)
     run.out.mkdir(parents=True, exist_ok=True)
-    write_json(run.out / "config.json", as_json(run.cfg))
+    for name, content in ((FILE, run.fingerprint), ("config.json", as_json(run.cfg))):
+        write_whole(run.out / name, json.dumps(content, indent=2) + "\n")
     if run.rejects:
         (run.out / "rejects.txt").write_text("\n".join(run.rejects) + "\n", encoding="utf-8")
     if run.cfg.resume:
-        done = {}
-        if checkpoint.latest_step(run.out / "checkpoints") is not None:
-            meta = checkpoint.read_meta(run.out / "checkpoints")
-            done = {"sft": run.cfg.sft_steps} if meta["stage"] == "grpo" else {}
-            done[meta["stage"]] = meta["step"]
+        done = {"sft": run.cfg.sft_steps} if run.stage_done("sft") else {}
+        if run.begin:
+            done[run.begin["stage"]] = run.begin["step"]
         truncate_after(run.out / "metrics.jsonl", done)
 
 
 def read_config(folder: str | Path) -> tuple[TrainConfig, str]:
     """Return (settings, base model folder) of the run in `folder`, wherever it was moved to."""
     stored = read_json(Path(folder) / "config.json")
-    known = {item.name for item in dataclasses.fields(TrainConfig)}
-    if not known <= stored.keys():
+    needed = {"lora_rank", "lora_alpha", "max_completion_tokens", "reward"}
+    if not needed <= stored.keys():
         raise ValueError(
             f"{folder}/config.json: must hold the settings of a run, got none of "
-            f"{sorted(known - stored.keys())[:3]}; point --run at a folder that train wrote"
+            f"{sorted(needed - stored.keys())}; point --run at a folder that train wrote"
         )
-    values = {name: stored[name] for name in known} | {"output_dir": str(folder)}
-    cfg = TrainConfig(**values | {"reward": tuple(stored["reward"])})
+    values = {f.name: stored[f.name] for f in dataclasses.fields(TrainConfig) if f.name in stored}
+    values |= {"output_dir": str(folder), "reward": tuple(stored["reward"])}
+    cfg = TrainConfig(**values)  # a setting that is younger than the run has its default
     return cfg, cfg.model or embedded("tiny_model")
 
 
-def latest_adapter(cfg: TrainConfig, model_cfg: ModelConfig) -> tuple[Lora, str]:
-    """Return the adapter of the latest checkpoint of a run, and which one that is."""
-    folder = Path(cfg.output_dir) / "checkpoints"
-    meta = checkpoint.read_meta(folder)
+def saved_adapter(
+    cfg: TrainConfig, model_cfg: ModelConfig, number: int | None = None
+) -> tuple[Lora, str]:
+    """Return the adapter of a checkpoint of a run (None: the latest), and which one that is."""
     lora = init_lora(jax.random.key(0), model_cfg, cfg.lora_rank, cfg.lora_alpha)
-    optimizer = make_optimizer(cfg, make_schedule(cfg.learning_rate, 1, 0.0))
-    tree = {"state": init_state(optimizer, lora)}
-    if meta["stage"] == "grpo":
-        tree["reference"] = lora if cfg.sft_steps else None
-    tree, meta = checkpoint.restore(folder, tree)
+    tree = {"state": TrainState(step=None, lora=lora, opt_state=None)}
+    folder = Path(cfg.output_dir) / "checkpoints"
+    tree, meta = checkpoint.restore(folder, tree, number, partial=True)
     return tree["state"].lora, f"{meta['stage']} step {meta['step']}"

@@ -13,7 +13,7 @@ from gemma_cot.grpo.answer import answers_match
 from gemma_cot.grpo.reward import is_visible, split_blocks
 from gemma_cot.stats import Z95, mcnemar_exact, wilson
 
-MEANS = ("format", "process", "outcome", "num_tokens", "repetition", "checkpoints_literal",
+MEANS = ("format", "process", "outcome", "code", "num_tokens", "repetition", "checkpoints_literal",
          "checkpoints_normalised")  # fmt: skip
 
 
@@ -62,6 +62,7 @@ def fold_samples(samples: list[dict], domain: str) -> dict:
     row: dict = {
         name: None if samples[0][name] is None else fmean(sample[name] for sample in samples)
         for name in MEANS
+        if name in samples[0]
     }
     voted = majority([split_blocks(sample["completion"])[1] for sample in samples], domain)
     row["majority"] = 0.0 if voted is None else samples[voted]["outcome"]
@@ -159,8 +160,8 @@ def verdict(interval: Sequence[float], p_value: float) -> str:
 
 
 def changed_rows(pairs: list[tuple[dict, dict]]) -> list[dict]:
-    """Return the paired rows whose format, process, outcome or majority score changed."""
-    names = ("format", "process", "outcome", "majority")
+    """Return the paired rows whose format, process, outcome, code or majority score changed."""
+    names = ("format", "process", "outcome", "code", "majority")
     rows = []
     for a, b in pairs:
         if all(a.get(name) == b.get(name) for name in names):

@@ -4,32 +4,45 @@ No default lives here; see config.TrainConfig and config.PRESETS. Called by the 
 """
 
 import dataclasses
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 
 from absl import flags
 
 from gemma_cot.axes import round_up
 from gemma_cot.config import PRESETS, TrainConfig
+from gemma_cot.metrics import METRICS
 
+HOST_FLAGS = ("coordinator", "num_processes", "process_id")  # each process has its own
 _CHOICES = {
     "on_bad_row": ("fail", "skip"),
     "kl": ("ratio_k3", "k2", "k3", "k1"),
+    "kl_in": ("loss", "reward"),
+    "objective": ("grpo", "gspo", "cispo", "rloo"),
     "aggregation": ("grpo", "dapo", "dr_grpo"),
+    "baseline": ("mean", "leave_one_out"),
     "advantage_scale": ("group", "batch", "none"),
     "process_matcher": ("normalised", "literal"),
     "dtype": ("auto", "float32", "bfloat16"),
+    "remat": ("none", "products", "all"),
     "attention": ("reference", "pallas"),
     "logprob": ("reference", "pallas"),
 }
 _AT_LEAST = {
-    "sft_steps": 0, "grpo_steps": 0, "eval_limit": 0, "sample_every": 0, "seed": 0,
+    "num_processes": 1, "process_id": 0, "sft_steps": 0, "grpo_steps": 0, "eval_limit": 0,
+    "sample_every": 0, "trace_every": 0, "seed": 0,
     "max_prompt_tokens": 1, "max_completion_tokens": 1, "lora_rank": 1, "sft_batch": 1,
     "sft_micro_batches": 1,
     "num_generations": 2, "prompts_per_rollout": 1, "mini_batch": 1, "micro_batch": 1,
-    "eval_batch": 1, "rollout_slots": 0, "checkpoint_every": 1, "keep_checkpoints": 1,
+    "num_iterations": 1,
+    "eval_batch": 1, "rollout_slots": 0, "checkpoint_every": 0, "checkpoint_minutes": 0,
+    "keep_checkpoints": 1,
     "beta": 0, "learning_rate": 0, "sft_learning_rate": 0,
     "weight_decay": 0, "warmup_fraction": 0, "format_weight": 0, "process_weight": 0,
     "outcome_weight": 0, "length_weight": 0, "repetition_weight": 0, "code_weight": 0,
-    "length_cache": 1, "max_reward_errors": 0,
+    "length_cache": 1, "max_reward_errors": 0, "max_skipped": 0,
 }  # fmt: skip
 _ABOVE_ZERO = ("temperature", "max_grad_norm", "lora_alpha", "epsilon", "epsilon_high")
 _BELOW_ONE = ("adam_b1", "adam_b2")
@@ -40,6 +53,15 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_enum(
         "preset", "tiny", sorted(PRESETS), "Named set of defaults; flags win over it.", values
     )
+    _define(values, [item.name for item in dataclasses.fields(TrainConfig)])
+
+
+def define_host_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Define the flags of HOST_FLAGS, for another command than train."""
+    _define(values, HOST_FLAGS)
+
+
+def _define(values: flags.FlagValues, names: Sequence[str]) -> None:
     define = {
         bool: flags.DEFINE_bool,
         int: flags.DEFINE_integer,
@@ -48,13 +70,15 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         tuple[str, ...]: flags.DEFINE_multi_string,
     }
     for item in dataclasses.fields(TrainConfig):
-        default = list(item.default) if isinstance(item.default, tuple) else item.default
-        define[item.type](item.name, default, item.metadata["help"], flag_values=values)
+        if item.name in names:
+            default = list(item.default) if isinstance(item.default, tuple) else item.default
+            define[item.type](item.name, default, item.metadata["help"], flag_values=values)
 
 
 def config_from_flags(values: flags.FlagValues) -> TrainConfig:
     """Return the run's settings: a flag that was given, else the preset, else the field's default.
 
+    With --resume and no --preset those of the run in --output_dir stand in the preset's place.
     Raises ValueError, one line, for values that are out of range or contradict each other.
     """
     chosen = {}
@@ -62,9 +86,23 @@ def config_from_flags(values: flags.FlagValues) -> TrainConfig:
         if values[item.name].present:
             given = values[item.name].value
             chosen[item.name] = tuple(given) if isinstance(given, list) else given
-    cfg = TrainConfig(**(PRESETS[values.preset] | chosen))
+    below = PRESETS[values.preset]
+    if values.resume and not values["preset"].present:
+        below = stored_settings(values.output_dir) or below
+    cfg = TrainConfig(**(below | chosen))
     check_config(cfg)
     return cfg
+
+
+def stored_settings(folder: str) -> dict:
+    """Return the settings that a run was begun with, {} where there is none to be read."""
+    try:
+        stored = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    names = {item.name for item in dataclasses.fields(TrainConfig)} & set(stored)
+    names -= {"output_dir", "resume", "overwrite", "allow_changes", *HOST_FLAGS}
+    return {n: tuple(stored[n]) if isinstance(stored[n], list) else stored[n] for n in names}
 
 
 def check_config(cfg: TrainConfig) -> None:
@@ -90,6 +128,15 @@ def check_config(cfg: TrainConfig) -> None:
     if cfg.length_weight and cfg.length_cache > cfg.max_completion_tokens:
         raise refuse("length_cache", f"must be at most max_completion_tokens "
                      f"{cfg.max_completion_tokens}", "lower it")  # fmt: skip
+    if cfg.kl_in == "reward" and cfg.kl == "ratio_k3":
+        raise refuse("kl", "must be k1, k2 or k3 with kl_in reward, where the ratio is 1",
+                     "set --kl=k1")  # fmt: skip
+    if cfg.objective in ("gspo", "rloo") and cfg.aggregation != "grpo":
+        raise refuse("aggregation", f"must be grpo with objective {cfg.objective}, which weighs "
+                     "whole completions", "set --aggregation=grpo")  # fmt: skip
+    metric = cfg.keep_best.removeprefix("-")
+    if metric and metric not in METRICS and not metric.startswith("reward_"):
+        raise refuse("keep_best", "must be a metric or -metric", "set --keep_best=reward")
     if cfg.resume and cfg.overwrite:
         raise ValueError("--resume and --overwrite: at most one may be set, got both; drop one")
     if cfg.prompts_per_rollout % cfg.mini_batch:
@@ -98,6 +145,7 @@ def check_config(cfg: TrainConfig) -> None:
             f"{cfg.mini_batch}; set --mini_batch to one of {_divisors(cfg.prompts_per_rollout)}"
         )
     session_seconds(cfg.session)
+    profile_range(cfg.profile_steps)
 
 
 def cut_batches(cfg: TrainConfig) -> tuple[int, ...]:
@@ -127,18 +175,39 @@ def check_batches(cfg: TrainConfig, data_devices: int) -> None:
             )
 
 
+def profile_range(text: str) -> tuple[int, int]:
+    """Return the first and last step of --profile_steps ("20:25"), (0, 0) when it is empty."""
+    first, colon, last = text.partition(":")
+    if not text:
+        return 0, 0
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise ValueError(
+            f"--profile_steps: must be FIRST:LAST, GRPO steps from 1 on, got {text!r}; set "
+            "--profile_steps=20:21"
+        )
+    return int(first), int(last)
+
+
 def session_seconds(text: str) -> float:
-    """Return the seconds of --session ("9h", "50m", "30s"), infinity when it is empty."""
+    """Return the seconds of --session from now, infinity when it is empty.
+
+    text: a time ("9h", "50m", "30s") or a deadline ("2026-11-26T18:00", local without a zone).
+    """
     if not text:
         return float("inf")
     number, unit = text[:-1], {"h": 3600, "m": 60, "s": 1}.get(text[-1])
     try:
-        seconds = float(number) * unit if unit else -1.0
+        if "T" in text:
+            deadline = datetime.fromisoformat(text).astimezone()
+            seconds = (deadline - datetime.now(UTC)).total_seconds()
+        else:
+            seconds = float(number) * unit if unit else -1.0
     except ValueError:
         seconds = -1.0
     if not 0 < seconds < float("inf"):
         raise ValueError(
-            f"--session: must be a time such as 9h, 50m or 30s, got {text!r}; set --session=9h"
+            f"--session: must be a time such as 9h, 50m or 30s, or a deadline ahead "
+            f"(2026-11-26T18:00), got {text!r}; set --session=9h"
         )
     return seconds
 

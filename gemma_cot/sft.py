@@ -27,7 +27,7 @@ def sft_batch(rows: list[Encoded], width: int, target_width: int) -> dict[str, n
     return batch | {"weight_BT": (mask_BT / mask_BT.sum()).astype(np.float32)}
 
 
-def sft_loss(lora, params: Params, cfg: ModelConfig, micro: dict, width: int, remat: bool):
+def sft_loss(lora, params: Params, cfg: ModelConfig, micro: dict, width: int, remat: str):
     """Return (summed loss in nats a token, {"loss", "tokens"}) of one micro-batch."""
     logp_BT, _ = logprobs_and_entropy(
         params, cfg, micro["tokens_BT"], micro["start_B"], lora, first_column=width, remat=remat
@@ -37,7 +37,7 @@ def sft_loss(lora, params: Params, cfg: ModelConfig, micro: dict, width: int, re
 
 
 def make_sft_step(
-    cfg: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, width: int, remat: bool
+    cfg: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, width: int, remat: str
 ):
     """Return the jitted step(state, params, batch) -> (state, metrics); `state` is donated.
 
@@ -53,7 +53,7 @@ def make_sft_step(
     @partial(jax.jit, donate_argnums=0, out_shardings=replicated(mesh))
     def step(state: TrainState, params: Params, batch: dict):
         grads, metrics = gradients(state.lora, params, batch)
-        state, norm = apply_gradients(optimizer, state, grads)
-        return state, metrics | {"grad_norm": norm}
+        state, update = apply_gradients(optimizer, state, grads, metrics["loss"])
+        return state, metrics | update
 
     return step

@@ -7,54 +7,62 @@ Writes config.json, metrics.jsonl, eval/, checkpoints/, adapter/, merged/, curve
 into --output_dir. All bad input is refused before anything is written.
 """
 
+import shlex
 import time
+from collections import deque
 from functools import partial
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 
-from gemma_cot import cli
+from gemma_cot import cli, hosts
+from gemma_cot.alarms import keep_batch, onsets, skipped_in_a_row
+from gemma_cot.checkpoint import write_folder
 from gemma_cot.config import TrainConfig
 from gemma_cot.curves import draw_curves
 from gemma_cot.data import indices_for_step, target_width
-from gemma_cot.evaluation import compare, evaluate_rows, summarise, table
-from gemma_cot.grpo.rollout import Rollout, rollout_metrics, sample_prompts
-from gemma_cot.grpo.step import (
-    add_advantages,
-    add_logprobs,
-    make_grpo_step,
-    make_logprobs,
-    mini_batches,
-)
-from gemma_cot.lora import init_lora, merge, save_peft
-from gemma_cot.metrics import MetricsWriter, step_line
+from gemma_cot.environment import peak_memory_gib, write_environment
+from gemma_cot.evaluation import compare, evaluate_batches, summarise, table
+from gemma_cot.grpo.reserve import MAX_ROLLOUTS
+from gemma_cot.grpo.rollout import Rollout, mean_metrics
+from gemma_cot.grpo.step import make_logprobs
+from gemma_cot.lora import merge, save_peft
+from gemma_cot.metrics import MetricsWriter, read_metrics, step_line
 from gemma_cot.model.load import save_pretrained, write_json
 from gemma_cot.model.params import num_params
 from gemma_cot.optim import init_state, make_optimizer, make_schedule, split_batch
 from gemma_cot.policy import write_recipe
+from gemma_cot.profiling import Profile
 from gemma_cot.progress import Progress
-from gemma_cot.results import read_results, write_results
 from gemma_cot.run import Run, open_run, prepare
-from gemma_cot.settings import config_from_flags, define_flags
+from gemma_cot.session import Interrupted, Session
+from gemma_cot.settings import HOST_FLAGS, config_from_flags, define_flags, profile_range
 from gemma_cot.sft import make_sft_step, sft_batch
-
-LORA_KEY, ROLLOUT_KEY = 0, 1  # purposes, folded into the key of the seed
-merge_on_device = jax.jit(merge)
+from gemma_cot.traces import is_traced, save_trace
+from gemma_cot.turn import (
+    first_adapter,
+    grpo_functions,
+    grpo_start,
+    grpo_tree,
+    next_batches,
+    scored_rollout,
+    updates_of,
+)
 
 
 def train_sft(run: Run, writer: MetricsWriter, lora):
-    """Stage 1. Returns the adapter after `sft_steps` steps, from the latest checkpoint on."""
+    """Stage 1. Returns (adapter, steps done): after `sft_steps` steps, or when time is up."""
     cfg, total = run.cfg, run.cfg.sft_steps
     schedule = make_schedule(cfg.sft_learning_rate, total, cfg.warmup_fraction)
     optimizer = make_optimizer(cfg, schedule)
     step_fn = make_sft_step(run.model_cfg, optimizer, run.mesh, run.width, cfg.remat)
     target = target_width(run.train)
-    first, tree = run.restore("sft", {"state": run.place(init_state(optimizer, lora))})
+    step, tree = run.restore("sft", {"state": run.place(init_state(optimizer, lora))})
     state = tree["state"]
-    with Progress("sft", total, start=first) as progress:
-        for step in range(first + 1, total + 1):
-            began = time.perf_counter()
+    with Progress("sft", total, start=step) as progress:
+        while step < total and run.turn("sft", step, total):
+            began, step = time.perf_counter(), step + 1
             chosen = indices_for_step(step - 1, cfg.seed, len(run.train), cfg.sft_batch)
             batch = sft_batch([run.train[i] for i in chosen], run.width, target)
             batch = split_batch(batch, cfg.sft_batch // cfg.sft_micro_batches, run.mesh)
@@ -63,14 +71,17 @@ def train_sft(run: Run, writer: MetricsWriter, lora):
             seconds = time.perf_counter() - began
             metrics |= {
                 "learning_rate": float(schedule(step)),
+                "memory_gib": peak_memory_gib(),
                 "seconds_update": seconds,
                 "tokens_per_second": metrics["tokens"] / seconds,
             }
             writer.write("sft", step, metrics)
+            watch_update(run, writer, batch)
             progress.update(1, step_line("sft", step, total, metrics))
-            if step % cfg.checkpoint_every == 0 or step == total:
-                run.save("sft", step, {"state": state})
-    return state.lora
+            if run.save_due(step - 1, step):
+                run.save("sft", step, {"state": state}, writer.last)
+    run.save("sft", step, {"state": state}, writer.last)
+    return state.lora, step
 
 
 def train_grpo(run: Run, writer: MetricsWriter, lora, reference):
@@ -79,102 +90,108 @@ def train_grpo(run: Run, writer: MetricsWriter, lora, reference):
     lora: the adapter to start from; reference: that of the KL penalty, None for the base model.
     """
     cfg = run.cfg
-    schedule = make_schedule(cfg.learning_rate, cfg.grpo_steps, cfg.warmup_fraction)
-    optimizer = make_optimizer(cfg, schedule)
-    step_fn = make_grpo_step(run.model_cfg, cfg, optimizer, run.mesh, run.width)
-    logprobs = make_logprobs(run.model_cfg, cfg, run.mesh, run.width)
-    state = run.place(init_state(optimizer, jax.tree.map(jnp.copy, lora)))  # state is donated
-    step, tree = run.restore("grpo", {"state": state, "reference": reference})
-    state, reference = tree["state"], tree["reference"]
-    updates = cfg.prompts_per_rollout // cfg.mini_batch
-    log = partial(log_updates, run, writer, schedule, Progress("grpo", cfg.grpo_steps, start=step))
-    pending = None
-    while step < cfg.grpo_steps and not run.out_of_time():
-        number = step // updates
-        chosen = indices_for_step(number, cfg.seed + 1, len(run.train), cfg.prompts_per_rollout)
-        rows = [run.train[i] for i in chosen]
-        samples = roll_out(run, state.lora, rows, number)
-        clock = [log(pending)]  # the updates before, while the devices sample
-        samples = jax.device_get(samples)
-        clock.append(time.perf_counter())
-        batches = mini_batches(samples, cfg, run.mesh)
-        batches = add_logprobs(logprobs, run.params, batches, state.lora, reference, cfg.beta)
-        rollout = run.score(samples, rows)  # while the devices compute log-probs
-        clock.append(time.perf_counter())
-        batches = add_advantages(batches, rollout.reward_PG, rollout.valid_PG, cfg, run.mesh)
-        measured = []
-        for batch in batches[: cfg.grpo_steps - step]:
+    schedule, optimizer, step_fn, logprobs = grpo_functions(run)
+    step, state, reference, reserve = grpo_start(run, optimizer, lora, reference)
+    progress, pending = Progress("grpo", cfg.grpo_steps, start=step), []
+    log = partial(log_updates, run, writer, schedule, progress, pending)
+    trace = make_logprobs(run.model_cfg, cfg, run.mesh, run.width, entropy=True)
+    recent = deque(maxlen=2 * MAX_ROLLOUTS)  # rollouts of which an update may hold groups
+    profiled = profile_range(cfg.profile_steps) if hosts.is_writer() else (0, 0)
+    profile = Profile(run.out / "profile", profiled)
+    while step < cfg.grpo_steps and run.turn("grpo", step, cfg.grpo_steps):
+        profile.turn(step, updates_of(cfg), state)
+        roll = partial(scored_rollout, run, logprobs, state.lora, reference, log)
+        batches, rollouts, extra, reserve = next_batches(run, roll, step, reserve)
+        batches = (batches * cfg.num_iterations)[: cfg.grpo_steps - step]
+        measured, began = [], time.perf_counter()
+        recent.extend(rollouts)
+        show_samples(cfg, rollouts)
+        for number, batch in enumerate(batches, step + 1):
+            seen = trace(run.params, state.lora, batch) if is_traced(cfg, number) else None
             state, metrics = step_fn(state, run.params, batch)
             measured.append(metrics)
-        pending = (step, measured, rollout, clock)
-        step += len(measured)
-        if cfg.sample_every and number % cfg.sample_every == 0:
-            print(sample_text(rows[0].example.prompt, rollout), flush=True)
-        if step % cfg.checkpoint_every < updates:
-            log(pending)
-            pending = None
-            run.save("grpo", step, {"state": state, "reference": reference})
-    log(pending)
-    run.save("grpo", step, {"state": state, "reference": reference})
-    if step < cfg.grpo_steps:
-        print(f"--session={cfg.session}: time is up after {step} of {cfg.grpo_steps} GRPO steps")
+            if seen is not None:
+                save_trace(run, number, batch, seen, recent)
+        pending.append((step, began, batches, measured, rollouts, extra))
+        before, step = step, step + len(measured)
+        if run.save_due(before, step):
+            log()
+            run.save("grpo", step, grpo_tree(cfg, state, reference, reserve), writer.last)
+    profile.end(state)
+    log()
+    run.save("grpo", step, grpo_tree(cfg, state, reference, reserve), writer.last)
     return state.lora, step
 
 
-def roll_out(run: Run, lora, rows: list, number: int):
-    """Sample the completions of rollout `number` for `rows`; returns device arrays.
-
-    The adapter is merged into float32 weights, which makes decoding faster; bfloat16 ones would
-    round it away, and the sampler would no longer be the policy that is trained.
-    """
-    cfg, params = run.cfg, run.params
-    if params["embed"].dtype == jnp.float32:
-        params, lora = merge_on_device(params, lora), None
-    key = jax.random.fold_in(jax.random.key(cfg.seed), ROLLOUT_KEY)
-    key = jax.random.fold_in(key, number)
-    return sample_prompts(
-        params, run.model_cfg, lora, [row.prompt_ids for row in rows], run.width, key, run.mesh,
-        prompt_ids=[row.example.id for row in rows], num_completions=cfg.num_generations,
-        max_new_tokens=cfg.max_completion_tokens, temperature=cfg.temperature,
-        stop_ids=run.tokenizer.stop_ids, slots=cfg.rollout_slots,
-    )  # fmt: skip
-
-
-def log_updates(run: Run, writer: MetricsWriter, schedule, progress: Progress, pending) -> float:
+@jax.profiler.annotate_function
+def log_updates(
+    run: Run, writer: MetricsWriter, schedule, progress: Progress, pending: list
+) -> float:
     """Wait for dispatched updates, write and print their metrics; return the time when they ended.
 
-    pending: (step before the first, metrics of each on the devices, rollout, clock) or None. The
-    devices have the next rollout to do meanwhile, so the host's work costs them nothing.
+    pending, which is emptied: (step before the first, time of dispatch, batches, metrics of each
+    on the devices, rollouts, further metrics). The devices have the next rollout to do meanwhile,
+    so the host's work costs them nothing.
     """
-    if pending is None:
-        return time.perf_counter()
-    step, measured, rollout, clock = pending
-    for metrics in measured:
-        metrics = {name: float(value) for name, value in metrics.items()}
-        step += 1
-        clock.append(time.perf_counter())
-        metrics |= rollout_metrics(rollout) | times(clock, metrics["tokens"], len(measured))
-        metrics["learning_rate"] = float(schedule(step))
-        writer.write("grpo", step, metrics)
-        progress.count(1)
-        line = step_line("grpo", step, run.cfg.grpo_steps, metrics)
-        print(f"{line}  {progress.time_left()} left", flush=True)
-    return clock[-1]
+    ended = time.perf_counter()
+    while pending:
+        step, ended, batches, measured, rollouts, extra = pending.pop()
+        shared = mean_metrics(rollouts) | extra
+        for batch, metrics in zip(batches, measured, strict=True):
+            metrics = {name: float(value) for name, value in metrics.items()}
+            step, began, ended = step + 1, ended, time.perf_counter()
+            metrics |= shared | times(rollouts, ended - began, metrics["tokens"], len(measured))
+            metrics["learning_rate"] = float(schedule(step))
+            metrics["memory_gib"] = peak_memory_gib()
+            writer.write("grpo", step, metrics)
+            watch_update(run, writer, batch)
+            progress.count(1)
+            line = step_line("grpo", step, run.cfg.grpo_steps, metrics)
+            print(f"{line}  {progress.time_left()} left", flush=True)
+    return ended
 
 
-def times(clock: list[float], tokens: float, updates: int) -> dict[str, float]:
-    """Return the time metrics of an update; a rollout's time is shared out over its updates.
+def watch_update(run: Run, writer: MetricsWriter, batch: dict) -> None:
+    """Print the alarms that the update last written sets off; keep its batch if it was skipped.
 
-    clock: seconds at the start, after sampling, after scoring, and after each update.
+    Raises ValueError when more than --max_skipped in a row are.
     """
-    rollout, reward = (clock[1] - clock[0]) / updates, (clock[2] - clock[1]) / updates
-    update = clock[-1] - clock[-2]
+    rows = list(writer.rows)
+    stage, step = rows[-1]["stage"], rows[-1]["step"]
+    for alarm in onsets(rows, last_only=True):
+        print(f"ALARM: {stage} step {step}: {alarm['alarm']}", flush=True)
+    if not rows[-1]["skipped"]:
+        return
+    path = run.out / "bad" / f"{stage}-{step}.npz"
+    arrays = hosts.fetch(batch)
+    if hosts.is_writer():
+        keep_batch(path, arrays)
+    if (skipped := skipped_in_a_row(rows)) > run.cfg.max_skipped:
+        raise ValueError(
+            f"--max_skipped: at most {run.cfg.max_skipped} updates in a row may be skipped as not "
+            f"finite, got {skipped}; lower the learning rate, or look for the cause in {path}"
+        )
+
+
+def times(rollouts: list[Rollout], update: float, tokens: float, updates: int) -> dict[str, float]:
+    """Return the time metrics of an update; the rollouts' time is shared out over their updates.
+
+    update: seconds that this one took.
+    """
+    rollout, reward = (sum(r.seconds[i] for r in rollouts) / updates for i in (0, 1))
     return {
         "seconds_rollout": rollout,
         "seconds_reward": reward,
         "seconds_update": update,
         "tokens_per_second": tokens / (rollout + reward + update),
     }
+
+
+def show_samples(cfg: TrainConfig, rollouts: list[Rollout]) -> None:
+    """Print a sample of every --sample_every-th rollout."""
+    for rollout in rollouts:
+        if cfg.sample_every and rollout.number % cfg.sample_every == 0:
+            print(sample_text(rollout.rows[0].example.prompt, rollout), flush=True)
 
 
 def sample_text(prompt: str, rollout: Rollout) -> str:
@@ -186,30 +203,46 @@ def sample_text(prompt: str, rollout: Rollout) -> str:
     return f"--- sample: {prompt}\n{rollout.completions[0]}\n--- {scores}"
 
 
-def evaluate_stage(run: Run, stage: str, lora) -> list[dict]:
-    """Evaluate an adapter on the evaluation rows, greedily; a resumed run reads what it has."""
+def evaluate_stage(run: Run, stage: str, lora, step: int) -> list[dict]:
+    """Evaluate an adapter after `step` steps of its stage on the evaluation rows, greedily.
+
+    Rows are kept as they come; a resumed run does only those that are missing.
+    """
     for line in run.watch(stage):
         print(line, flush=True)
-    path = run.out / "eval" / f"{stage}.jsonl"
-    if run.cfg.resume and path.exists():
-        return read_results(path)
     cfg = run.cfg
-    results = evaluate_rows(
-        run.params, run.model_cfg, lora, run.tokenizer, run.eval, run.mesh, width=run.width,
-        max_new_tokens=cfg.max_completion_tokens, batch=cfg.eval_batch,
+    path, results = run.open_eval(stage, step)
+    left = run.eval[len(results) :]
+    batches = evaluate_batches(
+        run.params, run.model_cfg, lora, run.tokenizer, left, run.mesh, width=run.width,
+        max_new_tokens=cfg.max_completion_tokens, batch=cfg.eval_batch, done=len(results),
         matcher=cfg.process_matcher, outcome=run.outcome, label=f"evaluate {stage}",
     )  # fmt: skip
-    write_results(path, results)
+    for part in batches if left else ():
+        results += part
+        run.keep_eval(path, part)
+        run.leave_if_asked()
     return results
 
 
 def export(run: Run, lora) -> None:
-    """Write adapter/ (PEFT layout) and merged/ (Hugging Face layout, with tokenizer files)."""
-    save_peft(run.out / "adapter", run.model_cfg, lora, run.model_dir)
-    merged = merge(run.params, lora)
-    save_pretrained(run.out / "merged", run.model_cfg, merged, tokenizer_dir=run.model_dir)
-    for name in ("adapter", "merged"):
-        write_recipe(run.out / name, run.cfg)
+    """Write adapter/ (PEFT layout) and merged/ (Hugging Face layout, with tokenizer files).
+
+    Each folder appears whole or not at all.
+    """
+
+    def write_adapter(folder: Path) -> None:
+        save_peft(folder, run.model_cfg, lora, run.model_dir)
+        write_recipe(folder, run.cfg)
+
+    def write_merged(folder: Path) -> None:
+        save_pretrained(folder, run.model_cfg, merged, tokenizer_dir=run.model_dir)
+        write_recipe(folder, run.cfg)
+
+    hosts.agreed(partial(write_folder, run.out / "adapter", write_adapter))
+    run.leave_if_asked()
+    merged = hosts.own(merge(run.params, lora))
+    hosts.agreed(partial(write_folder, run.out / "merged", write_merged))
 
 
 def finish(run: Run, results: dict[str, list[dict]], steps: dict[str, int]) -> None:
@@ -223,7 +256,7 @@ def finish(run: Run, results: dict[str, list[dict]], steps: dict[str, int]) -> N
         for i in range(len(names) - 1)
         for score, column in (("full format", "format"), ("answer", "outcome"))
     }
-    seconds = run.seconds | {"total": round(time.monotonic() - run.began, 2)}
+    seconds = run.seconds | {"total": round(time.monotonic() - run.session.began, 2)}
     summary = {
         "stages": stages,
         "comparisons": comparisons,
@@ -232,6 +265,7 @@ def finish(run: Run, results: dict[str, list[dict]], steps: dict[str, int]) -> N
         "discarded": run.rejects,
         "canaries": run.canaries,
         "reward_errors": len(run.reward_errors),
+        "alarms": onsets(read_metrics(run.out / "metrics.jsonl")),
         "jax": jax.__version__,
         "devices": [str(device) for device in run.mesh.devices.flat],
     }
@@ -257,25 +291,53 @@ def describe(run: Run) -> str:
 
 
 def main(cfg: TrainConfig) -> None:
-    """Run every stage of the recipe. Raises ValueError, one line, for bad input."""
-    run = prepare(cfg)
-    open_run(run)
+    """Run every stage of the recipe. Raises ValueError, one line, for bad input.
+
+    A run that a signal stops is saved, and the command that goes on with it printed.
+    """
+    cli.join_hosts(cfg.coordinator, cfg.num_processes, cfg.process_id)
+    with Session(cfg.session, say=partial(print, flush=True)).listening() as session:
+        run = hosts.together(partial(prepare, cfg, session))
+        try:
+            run_stages(run)
+        except Interrupted as stopped:
+            run.settle()
+            where = [f"--{name}={getattr(cfg, name)}" for name in HOST_FLAGS if cfg.coordinator]
+            go_on = shlex.join(["--resume", f"--output_dir={run.out}", *where])
+            print(f"stopped by {stopped}. Go on with: python -m gemma_cot.train {go_on}")
+        finally:
+            run.settle()
+
+
+def run_stages(run: Run) -> None:
+    """Run what is left of SFT, GRPO, the evaluation of each stage and the export."""
+    cfg = run.cfg
+    hosts.agreed(partial(open_run, run))
+    hosts.agreed(partial(write_environment, run))
     print(describe(run), flush=True)
-    key = jax.random.fold_in(jax.random.key(cfg.seed), LORA_KEY)
-    lora = run.place(init_lora(key, run.model_cfg, cfg.lora_rank, cfg.lora_alpha))
+    lora = first_adapter(run)
     reference, steps = None, {"sft": cfg.sft_steps, "grpo": 0}
-    with jax.set_mesh(run.mesh), MetricsWriter(run.out) as writer:
-        results = {"base": run.timed("evaluate_base", evaluate_stage, "base", None)}
+    with jax.set_mesh(run.mesh), MetricsWriter(run.out, hosts.is_writer()) as writer:
+        results = {"base": run.timed("evaluate_base", evaluate_stage, "base", None, 0)}
         if cfg.sft_steps:
-            if not run.stage_done("sft"):
-                lora = run.timed("sft", train_sft, writer, lora)
+            if run.stage_done("sft"):
+                lora = run.restore_part({"reference": lora})["reference"]
+            else:
+                lora, steps["sft"] = run.timed("sft", train_sft, writer, lora)
             reference = lora
-            results["sft"] = run.timed("evaluate_sft", evaluate_stage, "sft", lora)
-        if cfg.grpo_steps:
+            results["sft"] = run.timed("evaluate_sft", evaluate_stage, "sft", lora, steps["sft"])
+        if cfg.session and not hosts.agreed((run.out / "merged").exists):
+            run.timed("export", export, lora)  # measures it; and there is one from here on
+        if cfg.grpo_steps and steps["sft"] == cfg.sft_steps:
             lora, steps["grpo"] = run.timed("grpo", train_grpo, writer, lora, reference)
-            results["grpo"] = run.timed("evaluate_grpo", evaluate_stage, "grpo", lora)
+            grpo = run.timed("evaluate_grpo", evaluate_stage, "grpo", lora, steps["grpo"])
+            results["grpo"] = grpo
+    for stage, total in (("sft", cfg.sft_steps), ("grpo", cfg.grpo_steps)):
+        if steps[stage] < total:
+            print(f"--session={cfg.session}: time is up after {steps[stage]} of {total} "
+                  f"{stage.upper()} steps; --resume goes on")  # fmt: skip
     run.timed("export", export, lora)
-    finish(run, results, steps)
+    hosts.agreed(partial(finish, run, results, steps))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import json
 import random
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from gemma_cot.tasks.families import Problem, draw_problem
@@ -57,10 +57,17 @@ class TeacherServer:
 
     faults, bad_answers: what may come before an answer, up to `most` of them a request. latency:
     seconds a request takes, at most. storm: after every that many requests, 429 for a third of
-    a second.
+    a second. remembers: a complete answer is billed once for every Idempotency-Key and sent again,
+    without a fault, to a request that repeats the key.
     """
 
-    def __init__(self, scripted, faults=(), bad_answers=(), most=3, latency=0.0, storm=0, seed=0):
+    def __init__(
+        self, scripted, faults=(), bad_answers=(), most=3, latency=0.0, storm=0, seed=0,
+        remembers=False,
+    ):  # fmt: skip
+        self.memory: dict[str, bytes] | None = {} if remembers else None
+        self.turns: defaultdict = defaultdict(threading.Lock)  # a key's requests, one by one
+        self.from_memory = 0
         self.scripted, self.faults, self.bad_answers = scripted, faults, bad_answers
         self.most, self.latency, self.storm, self.seed = most, latency, storm, seed
         self.delivered: Counter = Counter()  # request body -> complete answers
@@ -132,8 +139,11 @@ def _handler(server: TeacherServer) -> type:
                 server.headers_seen.append(dict(self.headers))
                 server.flying += 1
                 server.most_flying = max(server.most_flying, server.flying)
+                turn = server.turns[self.headers["Idempotency-Key"] if server.memory is not None
+                                    else id(self)]  # fmt: skip
             try:
-                play(self, server, body, server.next_fault(body))
+                with turn:
+                    play(self, server, body, server.next_fault(body))
             except OSError:
                 self.close_connection = True  # the client is gone
             finally:
@@ -154,6 +164,11 @@ def send(handler, status: int, body: bytes, headers=(), kind="application/json")
 
 def play(handler, server: TeacherServer, body: bytes, fault: str | None) -> None:
     """Answer one request, or do what `fault` says."""
+    once = handler.headers["Idempotency-Key"]
+    if server.memory and once in server.memory:
+        server.from_memory += 1
+        send(handler, 200, server.memory[once])
+        return
     question = json.loads(body)["messages"][-1]["content"]
     good = completion(json.dumps(solution(server.scripted[question])))
     error = json.dumps({"error": {"message": "busy", "code": "busy"}}).encode()
@@ -214,6 +229,8 @@ def deliver(handler, server, body: bytes, question: str, good: bytes, fault: str
         "length": completion('{"steps": [{"text": "And then', "length"),
     }
     answer = bad.get(fault, good)
+    if server.memory is not None:
+        server.memory[handler.headers["Idempotency-Key"]] = answer
     blank = b"\n" * (hashlib.sha256(body).digest()[0] % 3)
     handler.send_response(200)
     handler.send_header("Content-Length", str(len(blank) + len(answer)))

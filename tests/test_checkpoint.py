@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit, with their placement, whole or not at all."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -171,10 +172,170 @@ def test_half_written_folders_are_never_listed(tmp_path):
         shutil.rmtree(tmp_path / name / lost)
     shutil.copytree(tmp_path / "5", tmp_path / "8.orbax-checkpoint-tmp")  # killed save
     shutil.copytree(tmp_path / "5", tmp_path / "9.deleting")  # killed prune
+    shutil.copytree(tmp_path / "5", tmp_path / "11")
+    (tmp_path / "11" / checkpoint.MANIFEST).unlink()
     (tmp_path / "10").mkdir()
     assert checkpoint.all_steps(tmp_path) == [5]
     checkpoint.prune(tmp_path, keep=1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "5", "6", "7"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "11", "5", "6", "7"]
+    with pytest.warns(UserWarning) as warned:
+        assert checkpoint.latest_step(tmp_path) == 5
+    assert [str(w.message).removeprefix(f"checkpoint {tmp_path}/") for w in warned] == [
+        "11 is broken and passed over: manifest.json is missing",
+        "10 is broken and passed over: index/metadata is missing",
+        "7 is broken and passed over: tree/_METADATA is missing",
+        "6 is broken and passed over: index/metadata is missing",
+    ]
+
+
+def damage(path: Path, how: str) -> None:
+    """Flip one bit in the middle of a file, cut it in half, or delete it."""
+    content = bytearray(path.read_bytes())
+    if how == "flipped":
+        content[len(content) // 2] ^= 1
+    path.write_bytes(content[: len(content) // 2] if how == "cut" else content)
+    if how == "gone":
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
+def test_whichever_file_is_damaged_it_is_named_and_the_step_before_taken(tmp_path, how):
+    for step in (1, 2):
+        checkpoint.save(tmp_path / "ck", step, {"x": jnp.full(1000, step)}, {"at": step})
+    files = [p.relative_to(tmp_path / "ck" / "2") for p in (tmp_path / "ck" / "2").rglob("*")]
+    files = [name for name in files if (tmp_path / "ck" / "2" / name).is_file()]
+    assert {Path("manifest.json"), Path("index/metadata"), Path("tree/_METADATA")} < set(files)
+    for name in files:
+        if how != "gone" and not (tmp_path / "ck" / "2" / name).stat().st_size:
+            continue  # nothing in it to damage
+        folder = Path(shutil.copytree(tmp_path / "ck", tmp_path / "copy"))
+        damage(folder / "2" / name, how)
+        with pytest.warns(UserWarning, match=f"copy/2 is broken and passed over: {name}"):
+            tree, meta = checkpoint.restore(folder, {"x": jnp.zeros(1000, jnp.int32)})
+        assert meta == {"at": 1} and tree["x"].tolist() == [1] * 1000
+        with pytest.raises(ValueError, match=f"copy/2: files must be as .* got {name}"):
+            checkpoint.read_meta(folder, 2)
+        shutil.rmtree(folder)
+
+
+def test_damage_is_told_with_what_was_expected(tmp_path):
+    checkpoint.save(tmp_path, 1, {"x": jnp.ones(3)}, {})
+    metadata = tmp_path / "1" / "tree" / "_METADATA"
+    size, digest = json.loads((tmp_path / "1" / "manifest.json").read_text())["files"][
+        "tree/_METADATA"
+    ]
+    damage(metadata, "flipped")
+    assert checkpoint.fault(tmp_path / "1").startswith(
+        f"tree/_METADATA: expected SHA-256 {digest[:12]}..., got "
+    )
+    damage(metadata, "cut")
+    assert checkpoint.fault(tmp_path / "1") == (
+        f"tree/_METADATA: expected {size} bytes, got {size // 2}"
+    )
+    with (
+        pytest.warns(UserWarning, match="1 is broken"),
+        pytest.raises(ValueError, match=r"must hold an intact step, got broken \[1\]; copy"),
+    ):
+        checkpoint.latest_step(tmp_path)
+    checkpoint.save(tmp_path, 1, {"x": jnp.zeros(3)}, {})  # a broken one may be replaced
+    assert checkpoint.restore(tmp_path, {"x": jnp.ones(3)})[0]["x"].tolist() == [0, 0, 0]
+
+
+def test_checkpoints_from_before_manifests_are_read(tmp_path):
+    checkpoint.save(tmp_path, 1, {"x": jnp.ones(3)}, {"at": 1})
+    (tmp_path / "1" / "manifest.json").unlink()
+    index = tmp_path / "1" / "index" / "metadata"
+    content = json.loads(index.read_text())
+    assert content.pop("format") == checkpoint.FORMAT
+    index.write_text(json.dumps(content))
+    tree, meta = checkpoint.restore(tmp_path, {"x": jnp.zeros(3)})
+    assert meta == {"at": 1} and tree["x"].tolist() == [1, 1, 1]
+
+
+def test_a_save_in_the_background_holds_what_was_there_when_it_began(tmp_path):
+    saver, done = checkpoint.Saver(), []
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = jnp.zeros((512, 512))
+    for number in range(4):
+        assert saver.wait() == ""
+        saver.start(tmp_path, number, {"x": x}, {"at": number}, lambda n=number: done.append(n))
+        x = step(x)  # reuses the very memory that is being saved
+    assert saver.wait() == "" and done == [0, 1, 2, 3]
+    for number in range(4):
+        tree, meta = checkpoint.restore(tmp_path, {"x": np.zeros((512, 512), np.float32)}, number)
+        assert meta == {"at": number}
+        assert tree["x"].min() == tree["x"].max() == number
+
+
+def test_a_save_that_cannot_be_is_told_in_one_line_and_the_next_may_succeed(tmp_path):
+    saver, tree = checkpoint.Saver(), {"x": jnp.ones(3)}
+    (tmp_path / "ck").write_text("in the way")
+    saver.start(tmp_path / "ck", 1, tree, {})
+    problem = saver.wait()
+    assert problem.startswith(f"checkpoint {tmp_path}/ck/1: could not be saved, got ")
+    assert "\n" not in problem and saver.wait() == ""  # told once
+    (tmp_path / "ck").unlink()
+    saver.start(tmp_path / "ck", 1, tree, {})
+    assert saver.wait() == "" and checkpoint.all_steps(tmp_path / "ck") == [1]
+    saver.start(tmp_path / "ck", 2, tree, {}, lambda: 1 / 0)
+    assert "ck/2: saved, but older ones stay, got ZeroDivisionError" in saver.wait()
+    with pytest.raises(ValueError, match="must be 0 or more and new, got 2"):
+        saver.start(tmp_path / "ck", 2, tree, {})
+
+
+def test_the_best_by_a_metric_is_kept_beside_the_latest(tmp_path):
+    rewards = {1: 0.5, 2: 2.5, 3: 1.0, 4: 2.5, 5: None, 6: 0.25}
+    for step, reward in rewards.items():
+        metrics = {} if reward is None else {"reward": reward}
+        checkpoint.save(tmp_path, step, {"x": jnp.ones(1)}, {"metrics": metrics})
+    assert checkpoint.best_step(tmp_path, "reward") == 4  # the later of two equals
+    assert checkpoint.best_step(tmp_path, "-reward") == 6
+    assert checkpoint.best_step(tmp_path, "loss") is None
+    checkpoint.prune(tmp_path, keep=2, best="reward")
+    assert checkpoint.all_steps(tmp_path) == [4, 5, 6]
+    checkpoint.prune(tmp_path, keep=1)
+    assert checkpoint.all_steps(tmp_path) == [6]
+
+
+def test_a_part_of_a_tree_is_restored_alone(tmp_path):
+    checkpoint.save(tmp_path, 1, {"a": jnp.ones(3), "b": {"c": jnp.arange(4)}}, {})
+    tree, _ = checkpoint.restore(tmp_path, {"a": None, "b": {"c": jnp.zeros(4, jnp.int32)}},
+                                 partial=True)  # fmt: skip
+    assert tree["a"] is None and tree["b"]["c"].tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"first \['d'\]: stored nothing"):
+        checkpoint.restore(tmp_path, {"d": jnp.zeros(4)}, partial=True)
+
+
+def test_a_state_saved_from_four_devices_lands_on_one_and_back(tmp_path):
+    four = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    one = jax.make_mesh((1,), ("data",), (AxisType.Auto,), devices=jax.devices()[:1])
+    state = make_state()
+    for step, (source, target) in enumerate([(four, one), (one, four)]):
+        source, target = (NamedSharding(mesh, PartitionSpec()) for mesh in (source, target))
+        checkpoint.save(tmp_path, step, jax.device_put(state, source), {})
+        got, _ = checkpoint.restore(tmp_path, jax.device_put(state, target))
+        assert_same(got, state)  # bit for bit
+        assert all(leaf.sharding == target for leaf in jax.tree.leaves(got))
+
+
+def test_a_folder_is_written_whole_in_the_place_of_an_older_one(tmp_path):
+    def write(text: str, fail: bool = False):
+        def fill(folder: Path):
+            folder.mkdir()
+            (folder / "a").write_text(text)
+            if fail:
+                raise OSError(28, "No space left on device")
+            (folder / "b").write_text(text)
+
+        return fill
+
+    checkpoint.write_folder(tmp_path / "out", write("old"))
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.write_folder(tmp_path / "out", write("half", fail=True))
+    assert [(tmp_path / "out" / name).read_text() for name in "ab"] == ["old", "old"]
+    checkpoint.write_folder(tmp_path / "out", write("new"))
+    assert [(tmp_path / "out" / name).read_text() for name in "ab"] == ["new", "new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 KILLED = """

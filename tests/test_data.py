@@ -83,6 +83,11 @@ def test_the_three_domains_and_no_checkpoints_are_good(domain):
         (line(chosen=...), "chosen must be a non-blank string, got None"),
         (line(chosen=""), "chosen must be a non-blank string, got ''"),
         (line(chosen=7), "chosen must be a non-blank string, got 7"),
+        (line(chosen="The answer is 7."), "chosen must be <reasoning>..</reasoning><answer>.."),
+        (line(chosen="<reasoning>a</reasoning><answer> </answer>"), "chosen must be <reasoning>"),
+        (line().decode().encode("utf-16"), "must be JSON in UTF-8"),
+        (line().decode().encode("utf-32"), "must be JSON in UTF-8"),
+        (line(prompt="x").replace(b'"x"', b'"\xed\xa0\xbd"'), "must be JSON in UTF-8"),
         (line(metadata=...), "metadata must be an object, got NoneType"),
         (line(metadata="{}"), "metadata must be an object, got str"),
         (line(metadata=metadata(checkpoints=...)), "checkpoints must be a list of strings"),
@@ -161,7 +166,8 @@ def tokenizer():
 
 def test_too_long_is_discarded_and_never_truncated(tokenizer):
     """The limits are inclusive and the stop token counts."""
-    examples = [parse_row(line(prompt="b " * n, chosen="a " * m), 10 * n + m)
+    chosen = "<reasoning>{}</reasoning><answer>a</answer>".format
+    examples = [parse_row(line(prompt="b " * n, chosen=chosen("a " * m)), 10 * n + m)
                 for n in (1, 2, 3) for m in (1, 2, 3)]  # fmt: skip
     middle = examples[4]  # n = m = 2
     prompt = len(encode_prompt(tokenizer, middle.prompt, "Be brief."))

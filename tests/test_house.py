@@ -12,28 +12,31 @@ TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 
 # A module may import modules of a lower level, and modules to its left on its own level.
 LEVELS = [
-    ["axes", "hf_config", "config", "settings", "stats", "progress", "metrics", "curves",
-     "checkpoint", "grpo.answer", "grpo.reward", "grpo.loss", "scores", "tasks.arithmetic", "tasks.families",
-     "tasks.dataset"],
-    ["tokenizer", "results", "data", "optim", "model.params", "model.load", "model.layers",
-     "model.kernels", "model.kernels.tiles", "model.kernels.logprob", "model.kernels.prefill",
-     "model.kernels.decode", "model.gemma", "model.logprob", "model.cache", "model.sample",
-     "model.kernels.reference"],
+    ["hosts", "axes", "hf_config", "config", "metrics", "alarms", "settings", "stats", "progress",
+     "curves", "checkpoint", "grpo.answer", "grpo.reward", "grpo.loss", "scores",
+     "tasks.arithmetic", "tasks.families", "tasks.dataset"],
+    ["tokenizer", "results", "data", "optim", "model.params", "model.load",
+     "model.kernels.gradients", "model.layers", "model.kernels", "model.kernels.tiles",
+     "model.kernels.logprob", "model.kernels.prefill", "model.kernels.decode", "model.gemma",
+     "model.logprob", "model.cache", "model.sample", "model.kernels.reference"],
     ["lora.lora", "lora.peft", "lora", "testing.outcome", "testing.kernels",
      "testing.losses", "testing"],
-    ["policy", "sft", "grpo.rollout", "grpo.step", "evaluation",
+    ["policy", "sft", "grpo.rollout", "grpo.step", "grpo.reserve", "evaluation",
      "guard.user", "guard.corpus", "guard.lint", "guard.canaries", "guard.jail", "guard.sandbox",
-     "guard.symbolic", "run", "cli",
+     "guard.symbolic", "resume", "session", "run", "cli",
+     "traces", "environment", "profiling", "turn", "replay",
      "prepare.convert", "prepare.spool", "prepare.filters", "prepare.rates", "prepare.card",
      "prepare.pipeline",
      "distill.settings", "distill.template", "distill.answer", "distill.journal",
      "distill.teacher", "distill.collect", "distill.pipeline",
      "serve.request", "serve.engine", "serve.app",
-     "plan.chips", "plan.cost", "plan.programs", "plan.accounts", "plan.clock", "plan.fit"],
+     "plan.chips", "plan.cost", "plan.programs", "plan.accounts", "plan.clock", "plan.fit",
+     "report.gather", "report.diagnosis", "report.microscope", "report.panels", "report.sections",
+     "report.page"],
 ]  # fmt: skip
 COMMANDS = ["train", "evaluate", "generate", "export", "doctor", "tasks.pretrain",
             "prepare.__main__", "distill.command", "distill.__main__",
-            "serve.__main__", "plan.__main__"]  # fmt: skip
+            "serve.__main__", "plan.__main__", "report.__main__"]  # fmt: skip
 ORDER = {name: i for i, name in enumerate(name for level in LEVELS for name in level)}
 MAX_FILE, MAX_FUNCTION = 425, 60
 
@@ -67,7 +70,8 @@ def test_imports_point_down(path):
         upwards = {other for other in our_imports(path) if ORDER.get(other, 999) >= ORDER[name]}
         assert not upwards, f"{name} may not import {upwards}"
     else:
-        rooms = ("", "grpo", "model", "tasks", "prepare", "distill", "guard", "serve", "plan")
+        rooms = ("", "grpo", "model", "tasks", "prepare", "distill", "guard", "serve", "plan",
+                 "report")
         assert name in rooms, f"{name} has no place in LEVELS"
         assert not our_imports(path)
 
@@ -82,7 +86,8 @@ def test_rooms_keep_to_themselves():
         if name.startswith("model."):
             strangers = ("lora", "grpo", "tokenizer", "optim", "data")
             assert not {other for other in imports if other.split(".")[0] in strangers}
-        for room in ("tasks", "prepare", "distill", "serve", "plan"):  # never imported by the core
+        # never imported by the core
+        for room in ("tasks", "prepare", "distill", "serve", "plan", "report"):
             if not name.startswith((room, "testing", "distill" if room == "prepare" else room)):
                 assert not {other for other in imports if other.startswith(room)}
 
@@ -116,9 +121,10 @@ def test_files_and_functions_are_short_and_explained(path):
 
 
 def test_the_core_stays_an_afternoon_of_reading():
-    """What a student reads; not the TPU kernels, not the file formats of Hugging Face and PEFT."""
-    rooms = ("config", "axes", "data", "optim", "model", "lora", "sft", "grpo", "train")
-    tools = ("model.kernels", "model.load", "lora.peft")
+    """What a student reads; not the kernels, not the rules by which answers match, not the file
+    formats of Hugging Face and PEFT."""
+    rooms = ("config", "axes", "data", "optim", "model", "lora", "sft", "grpo", "turn", "train")
+    tools = ("model.kernels", "model.load", "lora.peft", "grpo.answer")
     names = {path: module_name(path) for path in SOURCES}
     core = [path for path, name in names.items()
             if name.split(".")[0] in rooms and not name.startswith(tools)]  # fmt: skip

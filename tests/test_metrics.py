@@ -1,5 +1,7 @@
 """metrics.jsonl survives kills and non-finite numbers; the line a step prints reads well."""
 
+import errno
+import io
 import json
 import sys
 import types
@@ -122,7 +124,7 @@ def test_grpo_line_says_what_an_on_policy_loss_is_worth():
     line = metrics.step_line("grpo", 37, 100, GRPO)
     assert line == (
         "grpo  37/100  reward 1.41 (format 0.98 process 0.32 outcome 0.61)  kl 0.012  len 71  "
-        "cut 0%  signal 62% of groups  loss 0.00098 (0 + beta*KL: watch grad)  "
+        "cut 0%  signal 62% of groups  loss 0.00098 (on-policy: watch grad)  "
         "grad 0.31  3.1k tok/s  rollout 0.52s reward 0.01s update 0.44s"
     )
     assert "\n" not in line and len(line) <= 220
@@ -189,3 +191,60 @@ def test_no_or_broken_tensorboard_never_stops_a_run(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="no TensorBoard files.*Descriptors"):
         write_run(tmp_path, [("sft", 2)])
     assert len(metrics.read_metrics(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_weights_and_biases_gets_every_step_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "config.json").write_text('{"seed": 7}')
+    write_run(tmp_path, [("sft", 1), ("grpo", 1)])
+    (stored,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    content = stored.read_bytes()
+    assert b"sft/loss" in content and b"grpo/step" in content and b"seed" in content
+    assert len(metrics.read_metrics(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_weights_and_biases_that_cannot_start_is_only_warned_of(tmp_path, monkeypatch):
+    broken = types.ModuleType("wandb")  # has none of its functions
+    broken.__spec__ = types.SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "wandb", broken)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.warns(UserWarning, match="no Weights & Biases, it fails to start: AttributeError"):
+        write_run(tmp_path, [("sft", 1)])
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_run(tmp_path, [("sft", 2)])
+    assert [row["step"] for row in metrics.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+class FullDisk(io.RawIOBase):
+    """A file that takes `room` bytes, and then none until there is more."""
+
+    def __init__(self):
+        self.room, self.content = 0, b""
+
+    def write(self, data) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = bytes(data[: self.room])
+        self.room, self.content = self.room - len(taken), self.content + taken
+        return len(taken)
+
+
+def test_lines_that_the_disk_does_not_take_are_written_when_it_does(tmp_path):
+    writer, disk = metrics.MetricsWriter(tmp_path), FullDisk()
+    writer._file = disk
+    writer._add_scalar = lambda *_: disk.write(b"event")  # TensorBoard meets the same disk
+    disk.room = 30
+    with pytest.warns(UserWarning) as warned:
+        for step in range(1, 4):
+            writer.write("grpo", step, {"reward": step})
+    assert [str(w.message).partition(":")[0] for w in warned] == [
+        "metrics.jsonl", "no more TensorBoard and W&B files"
+    ]  # fmt: skip
+    assert len(disk.content) == 30
+    disk.room = 10**6
+    writer.write("grpo", 4, {"reward": 4})
+    rows = [json.loads(line) for line in disk.content.splitlines()]
+    assert [(row["step"], row["reward"]) for row in rows] == [(n, n) for n in range(1, 5)]

@@ -1,6 +1,7 @@
 """Schedule, AdamW and accumulation against NumPy loops; how a batch is cut over a mesh."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -104,15 +105,43 @@ def test_three_steps_of_adamw_equal_the_loop():
     optimizer = make_optimizer(CFG, schedule)
     state = init_state(optimizer, jax.tree.map(jnp.asarray, start))
     for grad in grads:
-        state, norm = apply_gradients(optimizer, state, jax.tree.map(jnp.asarray, grad))
+        state, update = apply_gradients(optimizer, state, jax.tree.map(jnp.asarray, grad))
         whole = np.concatenate([g.ravel() for g in grad.values()]).astype(np.float64)
-        assert float(norm) == pytest.approx(float(np.linalg.norm(whole)), rel=1e-6)  # unclipped
+        size = float(np.linalg.norm(whole))
+        assert float(update["grad_norm"]) == pytest.approx(size, rel=1e-6)  # unclipped
     rates = [reference_rate(step, 0.05, 7, 2) for step in (1, 2, 3)]  # 0 at step 6 + 1
     twin = reference_adamw(grads, start, rates, CFG)
     for name, value in twin.items():
         # steps of 0.05 known to 6e-8 of numbers near 1
         np.testing.assert_allclose(state.lora[name], value, atol=5e-7)
         assert np.abs(value - start[name]).max() > 0.02
+
+
+@pytest.mark.parametrize("bad", ["gradient", "loss"])
+def test_an_update_that_is_not_finite_leaves_all_but_the_counters(bad):
+    """Adapter and moments stay to the bit, and the next update is one as any other."""
+    grads = [jax.tree.map(jnp.asarray, grad) for grad in draw_grads((10.0, 0.01, 1.0))]
+    start = jax.tree.map(jnp.asarray, draw_grads((1.0,))[0])
+    optimizer = make_optimizer(CFG, make_schedule(0.05, 6, 0.34))
+    before, _ = apply_gradients(optimizer, init_state(optimizer, start), grads[0])
+    planted = grads[1] | ({"b": grads[1]["b"].at[2].set(jnp.nan)} if bad == "gradient" else {})
+    loss = jnp.float32(jnp.inf if bad == "loss" else 1.0)
+    after, update = jax.jit(partial(apply_gradients, optimizer))(before, planted, loss)
+    assert float(update["skipped"]) == 1.0
+    assert int(after.step) == 2 == int(before.step) + 1
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    counters = 0
+    for old, new in pairs:
+        if jnp.issubdtype(old.dtype, jnp.floating):
+            np.testing.assert_array_equal(old, new)
+        else:
+            counters += 1
+            assert int(new) == int(old) + 1
+    assert counters == 3  # steps, Adam's and the schedule's
+    last, update = apply_gradients(optimizer, after, grads[2], jnp.float32(1.0))
+    assert float(update["skipped"]) == 0.0
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(last))
+    assert float(jnp.abs(last.lora["a"] - before.lora["a"]).max()) > 0.01
 
 
 # ---- accumulation -------------------------------------------------------------------------------
@@ -162,9 +191,9 @@ def test_the_clip_comes_once_after_accumulation():
     clipped = sum(x * min(1.0, 0.5 / np.linalg.norm(x)) for x in x_BT)
     assert np.abs(clipped - [0.0, 0.25]).max() > 0.2
     optimizer = optax.chain(optax.clip_by_global_norm(CFG.max_grad_norm), optax.sgd(1.0))
-    state, norm = apply_gradients(optimizer, init_state(optimizer, lora), grads)
+    state, update = apply_gradients(optimizer, init_state(optimizer, lora), grads)
     np.testing.assert_array_equal(state.lora["w"], [0.0, -0.25])
-    assert float(norm) == 0.25
+    assert float(update["grad_norm"]) == 0.25
 
 
 # ---- layout -------------------------------------------------------------------------------------

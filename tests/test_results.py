@@ -22,7 +22,8 @@ PROTOCOL = {"n": 3, "seed": 0, "temperature": 1.0, "model": "here"}
 def result(number: int, **changes) -> dict:
     return {
         "id": number, "domain": "math", "prompt": "p", "completion": "c", "format": 1.0,
-        "process": None, "outcome": 1.0,
+        "process": None, "outcome": 1.0, "num_tokens": 5, "repetition": 0.0, "checkpoints": 0,
+        "checkpoints_literal": 0, "checkpoints_normalised": 0,
     } | changes  # fmt: skip
 
 
@@ -57,6 +58,17 @@ def test_resuming_keeps_whole_rows_and_drops_a_torn_line(path, torn):
     assert open_results(path, PROTOCOL, resume=True, overwrite=False) == [result(1), result(2)]
     append_results(path, [result(3)])
     assert [row["id"] for row in read_results(path)] == [1, 2, 3]
+
+
+def test_rows_of_an_older_version_are_not_gone_on_with(tmp_path):
+    path = tmp_path / "out.jsonl"
+    open_results(path, PROTOCOL, resume=False, overwrite=False)
+    old = result(1)
+    del old["repetition"]
+    append_results(path, [old])
+    with pytest.raises(ValueError, match="--resume: rows in .* got none of repetition: an older"):
+        open_results(path, PROTOCOL, resume=True, overwrite=False)
+    assert read_results(path) == [old]  # still good for --compare and --pass_rates
 
 
 def test_resuming_begins_where_nothing_is(tmp_path):

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
 from safetensors.numpy import load_file, save_file
 
 from gemma_cot.config import PRESETS, TrainConfig, embedded
 from gemma_cot.grpo.reward import RewardError
 from gemma_cot.model.sample import Samples
+from gemma_cot.resume import check_folder, digest, fingerprint
 from gemma_cot.run import OUTPUTS, open_run, prepare, read_rewards
+from gemma_cot.settings import config_from_flags, define_flags
 from gemma_cot.tokenizer import encode
 
 GOOD = {
@@ -155,13 +158,76 @@ def test_another_run_in_the_folder_is_never_touched(cfg):
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="must not hold a run, got one; add --resume"):
         prepare(cfg)
-    with pytest.raises(ValueError, match="first beta: 0.02 then, 0.5 now"):
+    with pytest.raises(ValueError, match="1 that differ: beta 0.02 then, 0.5 now; .*=beta$"):
         prepare(dataclasses.replace(cfg, resume=True, beta=0.5))
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     (out / "notes.txt").write_text("mine")
     open_run(prepare(dataclasses.replace(cfg, overwrite=True)))
     assert not (out / "metrics.jsonl").exists() and "metrics.jsonl" in OUTPUTS
     assert (out / "notes.txt").read_text() == "mine"  # only what a run writes is deleted
+
+
+def test_resuming_with_anything_else_is_refused_by_name_unless_insisted_on(cfg, model, tmp_path):
+    cfg = with_rows(dataclasses.replace(cfg, model=str(model)), tmp_path, GOOD, GOOD)
+    open_run(prepare(cfg))
+    again = dataclasses.replace(cfg, resume=True)
+    prepare(again)
+
+    def differs(cfg: TrainConfig, *words: str) -> str:
+        with pytest.raises(ValueError) as caught:
+            check_folder(cfg, fingerprint(cfg))
+        message = str(caught.value)
+        assert "\n" not in message and all(word in message for word in words), message
+        return message
+
+    moved = Path(shutil.move(model, tmp_path / "elsewhere"))  # where it lies decides nothing
+    prepare(dataclasses.replace(again, model=str(moved)))
+    again = dataclasses.replace(again, model=str(moved))
+    damage(moved, lambda t: t.update({NORM: t[NORM] + 1}))
+    differs(again, "1 that differ: model (model.safetensors) '", "--allow_changes=model")
+    Path(cfg.train_data).write_text(json.dumps(GOOD) + "\n")
+    prints = Path(cfg.output_dir) / "fingerprint.json"
+    stored = json.loads(prints.read_text())
+    prints.write_text(json.dumps(stored | {"code": "0123"}))
+    both = dataclasses.replace(again, temperature=0.5)
+    differs(both, "4 that differ: temperature 1.0 then, 0.5 now; code '0123' then, ",
+            "insist with --allow_changes=temperature,code,model,train_data")  # fmt: skip
+    some = dataclasses.replace(both, allow_changes="temperature, code,model")
+    differs(some, "1 that differ: train_data", "--allow_changes=train_data")
+    differs(dataclasses.replace(some, allow_changes="tempo"), "must name settings or code, jax",
+            "['tempo']")  # fmt: skip
+    run = prepare(dataclasses.replace(some, allow_changes="temperature,code,model,train_data"))
+    open_run(run)  # what was insisted on is what the run has from here on
+    assert json.loads(prints.read_text()) == run.fingerprint
+    prepare(dataclasses.replace(again, temperature=0.5))
+
+
+def test_a_large_weight_file_is_told_by_size_and_pieces(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with open(path, "wb") as file:
+        file.truncate(2**26 + 2**20)  # over the size up to which all of it is hashed
+    empty = digest(path)
+    with open(path, "r+b") as file:
+        file.seek(-1, 2)  # the last byte is in the last piece
+        file.write(b"x")
+    assert digest(path) != empty
+    small = tmp_path / "small.safetensors"
+    small.write_bytes(b"12")
+    assert digest(small) != digest(path) and digest(tmp_path / "none") is None
+
+
+def test_flags_that_are_not_given_come_from_the_run_that_is_resumed(cfg):
+    open_run(prepare(dataclasses.replace(cfg, beta=0.5, reward=("math:sqrt=2",))))
+    values = flags.FlagValues()
+    define_flags(values)
+    given = ["train", "--resume", f"--output_dir={cfg.output_dir}", "--sample_every=3"]
+    values(given)
+    got = config_from_flags(values)
+    assert (got.beta, got.reward, got.eval_limit, got.sample_every) == (0.5, ("math:sqrt=2",), 2, 3)
+    assert got.resume and got.output_dir == cfg.output_dir
+    values(["train", *given[1:], "--preset=tiny"])  # a preset that is given counts as flags do
+    with pytest.raises(ValueError, match="2 that differ: beta 0.5 then, 0.02 now; .*eval_limit"):
+        prepare(dataclasses.replace(config_from_flags(values), reward=("math:sqrt=2",)))
 
 
 def test_resuming_nothing(cfg):

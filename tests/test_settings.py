@@ -4,6 +4,8 @@ The flags are defined on a value set of their own, so that no test sees another'
 """
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 from absl import flags
@@ -83,7 +85,7 @@ def test_a_flag_wins_over_the_preset_and_the_preset_over_the_default():
     # a flag given with the default's value is given all the same
     assert parse(f"--beta={field['beta']}").beta == field["beta"]
     assert parse("--preset=gemma3_1b_v5e8").beta == field["beta"]
-    assert parse("--preset=gemma3_1b_v5e8", "--noremat").remat is False
+    assert parse("--preset=gemma3_1b_v5e8", "--remat=none").remat == "none"
 
 
 def test_flags_are_read_with_their_types():
@@ -96,7 +98,7 @@ def test_flags_are_read_with_their_types():
 
 
 @pytest.mark.parametrize(
-    "argument", ["--preset=huge", "--sft_step=3", "--seed=x", "--beta=much", "--remat=perhaps"]
+    "argument", ["--preset=huge", "--sft_step=3", "--seed=x", "--beta=much", "--resume=perhaps"]
 )
 def test_malformed_flags_are_refused_by_absl(argument):
     with pytest.raises(flags.Error):
@@ -108,15 +110,16 @@ def test_malformed_flags_are_refused_by_absl(argument):
 AT_LEAST = {
     0: """rollout_slots sft_steps grpo_steps eval_limit sample_every seed beta learning_rate
         sft_learning_rate weight_decay warmup_fraction format_weight process_weight
-        outcome_weight length_weight repetition_weight code_weight max_reward_errors""",
+        outcome_weight length_weight repetition_weight code_weight max_reward_errors
+        checkpoint_every checkpoint_minutes trace_every max_skipped process_id""",
     1: """max_prompt_tokens max_completion_tokens lora_rank sft_batch sft_micro_batches
-        prompts_per_rollout mini_batch micro_batch eval_batch checkpoint_every keep_checkpoints
-        length_cache""",
+        prompts_per_rollout mini_batch num_iterations micro_batch eval_batch keep_checkpoints
+        length_cache num_processes""",
     2: "num_generations",
 }
 BOUNDS = [(name, least) for least, names in AT_LEAST.items() for name in names.split()]
-CHOICES = ["on_bad_row", "kl", "aggregation", "advantage_scale", "process_matcher", "dtype",
-           "attention", "logprob"]  # fmt: skip
+CHOICES = ["on_bad_row", "kl", "kl_in", "objective", "aggregation", "baseline", "advantage_scale",
+           "process_matcher", "dtype", "remat", "attention", "logprob"]  # fmt: skip
 ABOVE_ZERO = ["temperature", "max_grad_norm", "lora_alpha", "epsilon", "epsilon_high"]
 BELOW_ONE = ["adam_b1", "adam_b2"]
 
@@ -166,6 +169,10 @@ def test_every_number_has_a_bound():
             r"--mini_batch: must divide prompts_per_rollout 6, got 4; .* one of \[1, 2, 3, 6\]",
         ),
         (dict(session="9"), "--session: must be a time"),
+        (dict(keep_best="rewards"), "--keep_best: must be a metric or -metric, got 'rewards'"),
+        (dict(profile_steps="5"), "--profile_steps: must be FIRST:LAST, GRPO steps from 1 on"),
+        (dict(profile_steps="5:4"), "--profile_steps: must be FIRST:LAST, .* got '5:4'"),
+        (dict(profile_steps="0:4"), "--profile_steps: must be FIRST:LAST, .* got '0:4'"),
     ],
 )
 def test_contradictions_are_refused(changes, message):
@@ -216,5 +223,38 @@ def test_session_is_a_time(text, seconds):
 
 @pytest.mark.parametrize("text", ["9", "h", "9d", "9 hours", "-1h", "0s", "nanh", "infh", "x9h"])
 def test_session_that_is_no_time_is_refused(text):
-    with pytest.raises(ValueError, match="--session: must be a time such as 9h, 50m or 30s, got"):
+    with pytest.raises(ValueError, match="--session: must be a time such as 9h, 50m or 30s, or"):
         session_seconds(text)
+
+
+def test_the_kl_in_the_reward_wants_an_estimator_of_its_own():
+    # ratio_k3 is the default and would be k3 there, which drives the policy away: docs/kl.md
+    with pytest.raises(ValueError, match="^--kl: must be k1, k2 or k3 with kl_in reward"):
+        check_config(TrainConfig(kl_in="reward"))
+    for kind in ("k1", "k2", "k3"):
+        check_config(TrainConfig(kl_in="reward", kl=kind))
+
+
+@pytest.mark.parametrize("objective", ["gspo", "rloo"])
+def test_objectives_of_whole_completions_want_the_mean_of_completions(objective):
+    check_config(TrainConfig(objective=objective))
+    for aggregation in ("dapo", "dr_grpo"):
+        with pytest.raises(ValueError, match=f"^--aggregation: must be grpo with .* {objective}"):
+            check_config(TrainConfig(objective=objective, aggregation=aggregation))
+
+
+def test_every_paper_in_the_table_is_a_set_of_flags():
+    text = (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text()
+    rows = [line for line in text.splitlines() if "](https://arxiv.org" in line]
+    names = [line.split(",")[0].strip("| ") for line in rows]
+    assert names == ["GRPO", "Dr. GRPO", "DAPO", "GSPO", "CISPO", "RLOO"]
+    configs = {}
+    for name, line in zip(names, rows, strict=True):
+        flags_of_row = re.findall(r"`(--[^`]+)`", line)[0].split()
+        configs[name] = parse("--preset=gemma3_1b_v5e8", *flags_of_row)
+        check_config(configs[name])
+    assert len(set(configs.values())) == 6
+    assert {configs[name].objective for name in ("GSPO", "CISPO", "RLOO")} == {
+        "gspo", "cispo", "rloo"
+    }  # fmt: skip
+    assert configs["RLOO"].mini_batch == configs["RLOO"].prompts_per_rollout

@@ -102,7 +102,7 @@ def test_the_prompt_is_never_a_target(rows, loss_and_slope):
 def compiled(cfg, devices: int):
     """Return (mesh, step) over the first host devices, by gradient descent with rate 0.1."""
     mesh = axes.make_mesh(devices=jax.devices()[:devices])
-    return mesh, make_sft_step(cfg, SGD, mesh, WIDTH, remat=False)
+    return mesh, make_sft_step(cfg, SGD, mesh, WIDTH, remat="none")
 
 
 def run_steps(shallow, weights, lora, rows, rows_per_micro=4, devices=1, steps=1):
@@ -136,3 +136,20 @@ def test_a_few_steps_lower_the_loss(shallow, weights, lora, rows):
     assert all(jax.tree.leaves(moved))
     same = jax.tree.map(lambda x, y: bool((x == y).all()), weights, before)
     assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_nan_in_one_row_skips_the_update(shallow, weights, lora, rows, devices):
+    """Whichever device meets it, all of them keep the adapter that they had."""
+    mesh, step = compiled(shallow, devices)
+    batch = sft_batch(rows, WIDTH, TARGET_WIDTH)
+    batch["weight_BT"][2, WIDTH] = np.nan
+    state = init_state(SGD, jax.tree.map(jnp.copy, lora))
+    state, metrics = step(state, weights, split_batch(batch, 4, mesh))
+    assert float(metrics["skipped"]) == 1.0 and np.isnan(float(metrics["loss"]))
+    assert int(state.step) == 1
+    for new, old in zip(jax.tree.leaves(state.lora), jax.tree.leaves(lora), strict=True):
+        np.testing.assert_array_equal(new, old)
+    good = split_batch(sft_batch(rows, WIDTH, TARGET_WIDTH), 4, mesh)
+    state, metrics = step(state, weights, good)
+    assert float(metrics["skipped"]) == 0.0 and np.isfinite(float(metrics["loss"]))

@@ -6,7 +6,7 @@ from functools import partial
 import jax.numpy as jnp
 import pytest
 
-from gemma_cot.grpo.loss import grpo_loss, token_weights
+from gemma_cot.grpo.loss import OBJECTIVES, grpo_loss, token_weights
 from gemma_cot.testing import check_loss, losses, report
 
 ALL = {
@@ -25,6 +25,11 @@ def failed(loss, **options) -> set[str]:
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3", "ratio_k3"])
 def test_grpo_depends_on_nothing_it_should_not(kl):
     assert not failed(partial(grpo_loss, beta=0.2, kl=kl))
+
+
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "grpo"])
+def test_no_objective_does(objective):
+    assert not failed(partial(grpo_loss, objective=objective, beta=0.1))
 
 
 @pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])

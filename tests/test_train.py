@@ -4,6 +4,7 @@ numbers, a broken reward loses nothing."""
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,20 +15,27 @@ import pytest
 
 from gemma_cot import train
 from gemma_cot.config import PRESETS, TrainConfig, embedded
+from gemma_cot.grpo.loss import group_advantages
 from gemma_cot.grpo.reward import RewardError
 from gemma_cot.lora import load_peft, merge
 from gemma_cot.metrics import METRICS, read_metrics
 from gemma_cot.model.load import load_pretrained
+from gemma_cot.replay import begin_of, open_replay, replay, same_tokens
 from gemma_cot.results import read_results
+from gemma_cot.traces import PER_TOKEN, read_trace, traced_steps
 
 USER_REWARD = """
-calls, fail_at = 0, None
+import os, signal
+
+calls, fail_at, stop_at = 0, None, None
 
 def short(prompts, completions, *, metadata, domain, level, **columns):
     global calls
     calls += len(completions) == 8  # a rollout of four prompts; canaries are fewer
     if fail_at == calls and len(completions) == 8:
         raise RuntimeError("reward broke on purpose")
+    if stop_at == calls and len(completions) == 8:
+        os.kill(os.getpid(), signal.SIGTERM)
     assert len(metadata) == len(domain) == len(level) == len(prompts) == len(completions)
     return [None if one == 0 else 1 / (1 + len(text)) for one, text in zip(level, completions)]
 """
@@ -94,7 +102,7 @@ def whole(cfg) -> TrainConfig:
 def numbers(folder) -> list[dict]:
     """Return the rows of metrics.jsonl without the times, which differ from run to run."""
     rows = read_metrics(f"{folder}/metrics.jsonl")
-    timed = ("tokens_per_second", "seconds_")
+    timed = ("tokens_per_second", "seconds_", "memory_")
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
 
 
@@ -157,10 +165,94 @@ def test_a_broken_reward_ends_the_run_and_resuming_gives_the_same_numbers(whole,
         assert Path(f"{out}/{name}").read_bytes() == Path(f"{whole.output_dir}/{name}").read_bytes()
 
 
+def test_a_signal_ends_a_run_in_order_and_it_goes_on_with_another_number_of_devices(
+    whole, user_reward, capsys
+):
+    out = whole.output_dir.replace("whole", "stopped")
+    cfg = dataclasses.replace(whole, output_dir=out, mesh="4x1", sft_steps=0, beta=0.0)
+    user_reward.calls, user_reward.stop_at = 0, 1  # in the first rollout
+    train.main(cfg)
+    user_reward.stop_at = None
+    command = f"Go on with: python -m gemma_cot.train --resume --output_dir={out}\n"
+    assert "stopped by SIGTERM. " + command in capsys.readouterr().out
+    assert [row["step"] for row in numbers(out)] == [1, 2]  # the step was finished
+    assert not Path(f"{out}/adapter").exists()
+    other = out.replace("stopped", "on_one")
+    shutil.copytree(out, other)
+    train.main(dataclasses.replace(cfg, resume=True))
+    train.main(dataclasses.replace(cfg, output_dir=other, resume=True, mesh="1x1"))
+    four, one = numbers(out), numbers(other)
+    assert one[:2] == four[:2] and [row["step"] for row in one] == [1, 2, 3, 4]
+    assert one[2]["reward"] == four[2]["reward"]  # the same completions
+    for a, b in zip(one[2:], four[2:], strict=True):  # sums in another order: rounding
+        np.testing.assert_allclose(
+            *([row[n] for n in ("loss", "grad_norm", "entropy")] for row in (a, b)),
+            rtol=1e-3, atol=1e-6,
+        )  # fmt: skip
+
+
+def test_traces_add_up_to_the_metrics_of_their_steps(whole):
+    assert traced_steps(whole.output_dir) == [1, 4]  # the first, each 20th, the last
+    rows = {row["step"]: row for row in numbers(whole.output_dir) if row["stage"] == "grpo"}
+    for step in (1, 4):
+        trace, row = read_trace(whole.output_dir, step), rows[step]
+        members = [c for group in trace["groups"] for c in group["completions"]]
+        tokens = {name: [v for c in members for v in c[name]] for name in PER_TOKEN}
+        assert len(tokens["logp"]) == row["tokens"] == sum(len(c["ids"]) for c in members)
+        for name, metric in (("kl", "kl"), ("entropy", "entropy"), ("clipped", "clip_share")):
+            assert np.mean(tokens[name]) == pytest.approx(row[metric], abs=2e-6), name
+        assert max(tokens["ratio"]) == pytest.approx(row["ratio_max"], abs=2e-6)
+        drift = np.abs(np.subtract(tokens["logp_old"], tokens["logp_sampler"]))
+        assert drift.max() == pytest.approx(row["logp_drift_max"], abs=2e-6)
+        assert sum(tokens["weight"]) == pytest.approx(1, abs=1e-3)  # six decimals of each
+        for group in trace["groups"]:
+            own = group["completions"]
+            rewards, valid = ([c[name] for c in own] for name in ("reward", "valid"))
+            wanted = group_advantages(jax.numpy.array([rewards]), jax.numpy.array([valid]))[0]
+            np.testing.assert_allclose([c["advantage"] for c in own], wanted, atol=2e-3)
+            assert all(c["pieces"][-1] == "<end_of_turn>" for c in own if c["stopped"])
+            assert "".join(group["prompt_pieces"]).startswith("<bos><start_of_turn>user")
+    assert set(read_trace(whole.output_dir, 1)["groups"][0]["completions"][0]["ratio"]) == {1.0}
+
+
+def test_a_step_is_made_again_from_the_checkpoint_before_it(whole):
+    run = open_replay(whole.output_dir, whole.mesh)
+    with jax.set_mesh(run.mesh):
+        again = replay(run, 4)
+    trace = read_trace(whole.output_dir, 4)
+    assert same_tokens(again, trace) and again == trace
+    with pytest.raises(ValueError, match="got step 1 where steps from 3 on have one"):
+        begin_of(whole, 1)  # the checkpoint after SFT is not kept
+    with pytest.raises(ValueError, match="must be one of the run's 4 GRPO steps, got 5"):
+        begin_of(whole, 5)
+
+
+def test_a_rollout_feeds_several_passes_with_one_pi_old(whole, user_reward):
+    """mu = 2: rollouts of steps 1 to 4 and 5, two mini-batches each; KL in the reward."""
+    out = whole.output_dir.replace("whole", "passes")
+    cfg = dataclasses.replace(
+        whole, output_dir=out, sft_steps=0, grpo_steps=5, num_iterations=2, eval_limit=2,
+        kl_in="reward", kl="k1", learning_rate=0.01, temperature=3.0, sample_every=0,
+    )  # fmt: skip
+    user_reward.calls = 0
+    train.main(cfg)
+    rows = numbers(out)
+    assert user_reward.calls == 2 and [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    on_policy = [abs(row["ratio_max"] - 1) < 1e-5 for row in rows]
+    assert on_policy == [True, False, False, False, True]
+    drift = [row["logp_drift_max"] for row in rows]
+    assert max(drift) < 1e-4  # pi_old is the sampler's policy in the second pass too
+    assert all(row["kl"] > 0 for row in rows[1:4])
+
+
 def test_grpo_without_sft_starts_from_the_base_model(whole):
     out = whole.output_dir.replace("whole", "no_sft")
-    cfg = dataclasses.replace(whole, output_dir=out, sft_steps=0, grpo_steps=2, eval_limit=4)
+    cfg = dataclasses.replace(whole, output_dir=out, sft_steps=0, grpo_steps=2, eval_limit=4,
+                              profile_steps="1:2")  # fmt: skip
     train.main(cfg)
+    (profile,) = Path(out).glob("profile/plugins/profile/*/*.xplane.pb")
+    for scope in (b"scored_rollout", b"log_updates", b"attention", b"decode_step", b"grpo_loss"):
+        assert scope in profile.read_bytes(), scope
     summary = json.loads(Path(f"{out}/summary.json").read_text())
     assert list(summary["stages"]) == ["base", "grpo"]
     first = numbers(out)[0]

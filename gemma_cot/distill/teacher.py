@@ -16,6 +16,8 @@ from gemma_cot.distill.journal import Stop
 from gemma_cot.distill.settings import Settings, is_loopback, redact, teacher_of, usd
 
 BODY_SECONDS = 30  # a reply is sent when it is complete: one that drips in is a fault
+# Codes of `Retry` after a whole reply: what the server remembers of this request is of no use.
+UNUSABLE = {"empty_body", "not_json", "no_choices", "insufficient_resource", "empty_content"}
 MAX_RETRY_AFTER = 3600  # seconds; a server that asks for more is not waited for
 
 
@@ -56,9 +58,11 @@ def open_client(cfg: Settings, key: str):
     )
 
 
-async def ask(client, cfg: Settings, body: dict, key: str) -> dict:
+async def ask(client, cfg: Settings, body: dict, key: str, once: str) -> dict:
     """Send one request. Returns the answer: model, date, finish_reason, content, usage, usd, fault.
 
+    once: the Idempotency-Key header: a server that knows it answers the same request a second time,
+    after a kill or a broken line, from memory; others ignore it.
     cfg.timeout bounds the whole exchange, blank lines and all; a body that has begun has to end
     within BODY_SECONDS. Raises Retry, TooFast or Stop; no message holds the key.
     """
@@ -68,7 +72,7 @@ async def ask(client, cfg: Settings, body: dict, key: str) -> dict:
     try:
         async with (
             asyncio.timeout(cfg.timeout) as deadline,
-            client.stream("POST", url, json=body) as response,
+            client.stream("POST", url, json=body, headers={"Idempotency-Key": once}) as response,
         ):
             async for chunk in response.aiter_bytes():
                 if not content.strip() and chunk.strip():

@@ -20,7 +20,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
-MAX_TEXT = 2000  # characters; beyond it the texts are only compared as they stand
+MAX_TEXT = 1000  # characters; beyond it the texts are only compared as they stand
 MAX_OPTION = 200  # characters of an option's text where gold is the letter alone
 MAX_NUMBER = 400  # characters; int() raises beyond 4,300 digits
 RELATIVE_TOLERANCE = Fraction(1, 10**12)  # only where neither side is an integer
@@ -49,12 +49,12 @@ def answers_match(gold: str, predicted: str, domain: str = "math") -> bool:
 
 _BLANKS = "".join(c for c in map(chr, range(0x3001)) if c.isspace()) + "\u200b\u2060\ufeff"
 _FENCE_LANGUAGE = re.compile(r"\A(?:json|output|plaintext|py|python|text)? *\n")
-_MARKS = (
-    ("math", "$$", "$$"), ("math", "$", "$"), ("math", "\\(", "\\)"), ("math", "\\[", "\\]"),
-    ("bold", "**", "**"), ("bold", "__", "__"), ("code", "```", "```"), ("code", "`", "`"),
-    ("box", "\\boxed{", "}"), ("text", "\\text{", "}"), ("text", "\\textbf{", "}"),
-    ("text", "\\textrm{", "}"), ("text", "\\mathbf{", "}"), ("text", "\\mathrm{", "}"),
-)
+_MARKS = {  # by the first character
+    "$": (("math", "$$", "$$"), ("math", "$", "$")), "*": (("bold", "**", "**"),),
+    "`": (("code", "```", "```"), ("code", "`", "`")), "_": (("bold", "__", "__"),),
+    "\\": (("math", "\\(", "\\)"), ("math", "\\[", "\\]"), ("box", "\\boxed{", "}"), *(
+        ("text", f"\\{name}{{", "}") for name in "text textbf textrm mathbf mathrm".split())),
+}
 
 
 def as_text(value: object) -> str:
@@ -92,7 +92,7 @@ def _outer_mark(text: str, used: set[str]) -> tuple[str | None, str]:
     """Find a mark of a kind not in `used` around all of `text`; return kind and inside."""
     if "stop" not in used and text.endswith(".") and len(text) > 1:
         return "stop", text[:-1]
-    for kind, opening, closing in _MARKS:
+    for kind, opening, closing in _MARKS.get(text[:1], ()):
         if (text.startswith(opening) and text.endswith(closing) and kind not in used
                 and (inner := text[len(opening) : -len(closing)]).strip(_BLANKS)
                 and _is_one_layer(inner, opening, closing)):
@@ -103,7 +103,7 @@ def _outer_mark(text: str, used: set[str]) -> tuple[str | None, str]:
 def _is_one_layer(inner: str, opening: str, closing: str) -> bool:
     """Return whether a mark opened before `inner` is still open at its end."""
     if closing == "}":
-        depths = list(accumulate({"{": 1, "}": -1}.get(c, 0) for c in inner))
+        depths = list(accumulate((c == "{") - (c == "}") for c in inner))
         return min(depths) >= 0 and depths[-1] == 0
     if opening == "__" and inner.isidentifier():
         return False  # __init__ is a name
@@ -343,9 +343,9 @@ def _choice_or_value_matches(gold: str, predicted: str, is_science: bool) -> boo
     return len(choice[1]) <= MAX_OPTION and _OTHER_CHOICE.search(choice[1]) is None
 
 
-# 8: code literals
+# 8: code literals; a string without an end goes to the end of the text, so that one pass suffices
 
-_STRING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
+_STRING = re.compile(r"'(?:[^'\\]|\\.)*\\?(?:'|\Z)|\"(?:[^\"\\]|\\.)*\\?(?:\"|\Z)", re.DOTALL)
 
 
 def _code_matches(gold: str, predicted: str) -> bool:
@@ -363,7 +363,7 @@ def _literal(text: str) -> tuple[object] | None:
 
     A comment is refused: it is the place to hide a second candidate.
     """
-    if "#" in _STRING.sub("", text):
+    if "#" in text and "#" in _STRING.sub("", text):
         return None
     try:
         with warnings.catch_warnings():
@@ -420,6 +420,6 @@ def _is_plain(text: str) -> bool:
     return (
         max(map(len, words), default=0) > 1
         and _FORMULA.search(text) is None
-        and all(c in _WORD_MARKS or c.isalnum() or unicodedata.category(c)[0] == "M" for c in text)
+        and all(c.isalnum() or unicodedata.category(c)[0] == "M" for c in set(text) - _WORD_MARKS)
         and all(word[1:] == word[1:].lower() or word == word.upper() for word in words)
     )

@@ -8,6 +8,7 @@ no weights, no tokenizer and no device. grpo/rollout.py and the evaluation call 
 import json
 import math
 import numbers
+import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -128,7 +129,7 @@ def _gold(metadata: Mapping) -> str | int | float | None:
 
 # How checkpoints are found
 
-_OPERATORS = "+-*/=^<>%()"
+_OPERATORS = [(op, f" {op}", f"{op} ") for op in "+-*/=^<>%()"]
 _TO_ASCII = {
     "\u00d7": "*", "\u2715": "*", "\u2217": "*", "\u22c5": "*", "\u00b7": "*", "\u2219": "*",
     "\u00f7": "/", "\u2215": "/", "\u2044": "/", "\u2212": "-", "\u2010": "-", "\u2011": "-",
@@ -144,14 +145,16 @@ def normalise(text: str) -> str:
     and disappears beside operators.
     """
     text = text.casefold()
-    for command, operator in _LATEX_OPERATORS:
-        text = text.replace(command, operator)
+    if "\\" in text:
+        for command, operator in _LATEX_OPERATORS:
+            text = text.replace(command, operator)
     for char in "$" if text.isascii() else set(text):
         if char in _TO_ASCII or unicodedata.category(char) == "Sc":
             text = text.replace(char, _TO_ASCII.get(char, ""))
     text = " ".join(text.split())
-    for operator in _OPERATORS:
-        text = text.replace(" " + operator, operator).replace(operator + " ", operator)
+    for operator, before, after in _OPERATORS:
+        if operator in text:
+            text = text.replace(before, operator).replace(after, operator)
     return text
 
 
@@ -177,14 +180,17 @@ def checkpoint_hits(
 _normalised = lru_cache(maxsize=4096)(normalise)  # a row's checkpoints come back G times a rollout
 
 
+_DIGITS = re.compile(r"\d(?s:.*\d)?")  # from the first digit to the last
+
+
 def _stands_in(text: str, checkpoint: str) -> bool:
     """Return whether `checkpoint` occurs in `text` without cutting a longer number."""
-    digits = [i for i, c in enumerate(checkpoint) if c.isdecimal()]
+    digits = _DIGITS.search(checkpoint)
     start = text.find(checkpoint)
     while start >= 0:
         if not digits or not (
-            _number_goes_on_before(text, start + digits[0])
-            or _number_goes_on_after(text, start + digits[-1])
+            _number_goes_on_before(text, start + digits.start())
+            or _number_goes_on_after(text, start + digits.end() - 1)
         ):
             return True
         start = text.find(checkpoint, start + 1)

@@ -4,6 +4,7 @@ The record in between sampling and learning is `Rollout`, host arrays and texts.
 only; the arrays keep the sampled ids, which are never re-tokenised.
 """
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from gemma_cot import hosts
 from gemma_cot.axes import sharding_of
 from gemma_cot.config import ModelConfig
 from gemma_cot.data import Encoded, left_pad
@@ -35,6 +37,9 @@ class Rollout:
     scores: dict[str, list]  # reward function -> a score or None for every completion
     reward_PG: np.ndarray  # float32, weighted sum
     valid_PG: np.ndarray  # bool, False where no total can be given
+    seconds: tuple[float, float] = (0.0, 0.0)  # that sampling and scoring took
+    rows: tuple[Encoded, ...] = ()  # what was asked, by prompt
+    number: int = 0  # of the rollout, from 0
 
 
 def sample_prompts(
@@ -63,15 +68,15 @@ def sample_prompts(
         return sample(
             params,
             cfg,
-            jax.device_put(tokens_PT, sharding_of("PT", mesh)),
-            jax.device_put(start_P, sharding_of("P", mesh)),
+            hosts.place(tokens_PT, sharding_of("PT", mesh)),
+            hosts.place(start_P, sharding_of("P", mesh)),
             key,
             num_completions=num_completions,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             stop_ids=stop_ids,
             lora=lora,
-            prompt_id_P=jax.device_put(np.asarray(prompt_ids, np.int32), sharding_of("P", mesh)),
+            prompt_id_P=hosts.place(np.asarray(prompt_ids, np.int32), sharding_of("P", mesh)),
             slots=slots or None,
         )
 
@@ -132,18 +137,24 @@ def score_samples(
     rewards: list[tuple],
     group: int,
 ) -> Rollout:
-    """Fetch the samples of `rows`, read them and score them.
+    """Read and score the samples of `rows` (host arrays); each process does its share of them.
 
     rewards: (name, function, weight) tuples. They also get the column `completion_ids`, as in TRL:
     the sampled ids, the stop token included.
     """
     host = jax.device_get(samples)
-    texts = completion_texts(
-        tokenizer, host.tokens_BT, host.completion_mask_BT, host.stopped_B
-    )
-    prompts, columns = reward_columns(rows, group)
-    columns["completion_ids"] = completion_ids(host.tokens_BT, host.completion_mask_BT)
-    scores = {name: function(prompts, texts, **columns) for name, function, _ in rewards}
+    own_P, own_B = hosts.share(len(rows)), hosts.share(len(rows) * group)
+
+    def read_and_score() -> tuple[list[str], dict[str, list]]:
+        tokens_BT, mask_BT = host.tokens_BT[own_B], host.completion_mask_BT[own_B]
+        texts = completion_texts(tokenizer, tokens_BT, mask_BT, host.stopped_B[own_B])
+        prompts, columns = reward_columns(rows[own_P], group)
+        columns["completion_ids"] = completion_ids(tokens_BT, mask_BT)
+        return texts, {name: function(prompts, texts, **columns) for name, function, _ in rewards}
+
+    shares = hosts.gather(read_and_score)
+    texts = [text for texts, _ in shares for text in texts]
+    scores = {name: [s for _, own in shares for s in own[name]] for name, _, _ in rewards}
     weights = {name: weight for name, _, weight in rewards}
     reward_PG, valid_PG = combine_rewards(scores, weights, group)
     return Rollout(
@@ -157,7 +168,19 @@ def score_samples(
         scores=scores,
         reward_PG=reward_PG,
         valid_PG=valid_PG,
+        rows=tuple(rows),
     )
+
+
+def mean_metrics(rollouts: list[Rollout]) -> dict[str, float]:
+    """Return the mean over rollouts of each metric, NaN where none of them has a number for it."""
+    measured = [rollout_metrics(rollout) for rollout in rollouts]
+    means = {}
+    for name in dict.fromkeys(name for metrics in measured for name in metrics):
+        values = [metrics.get(name, 0.0) for metrics in measured]  # none_* is left out at 0
+        values = [value for value in values if not math.isnan(value)]
+        means[name] = sum(values) / len(values) if values else math.nan
+    return means
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 One rollout of P prompts gives P / mini_batch optimiser steps. Policy, old and reference log-probs
 all come from `model.logprob`; when a rollout feeds one update only, pi_old is the policy itself
-(ratio 1), else it is the policy from before the first of them.
+(ratio 1), else it is the policy from before the first of them, frozen.
 """
 
 from functools import partial
@@ -13,9 +13,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from gemma_cot import hosts
 from gemma_cot.axes import per_device, replicated
 from gemma_cot.config import ModelConfig, TrainConfig
-from gemma_cot.grpo.loss import group_advantages, grpo_loss, token_weights
+from gemma_cot.grpo.loss import group_advantages, grpo_loss, kl_penalty, token_weights
 from gemma_cot.model.logprob import logprobs_and_entropy
 from gemma_cot.model.params import Params
 from gemma_cot.model.sample import Samples
@@ -32,25 +33,36 @@ def mini_batches(samples: Samples, cfg: TrainConfig, mesh: Mesh) -> list[dict]:
     batches = []
     for first in range(0, len(samples.tokens_BT), rows):
         part = slice(first, first + rows)
-        mask_BT = jnp.asarray(samples.completion_mask_BT[part])
-        weight_BT = token_weights(mask_BT, cfg.aggregation, cfg.max_completion_tokens)
         batch = {
             "tokens_BT": samples.tokens_BT[part],
             "start_B": samples.start_B[part],
             "logp_sampler_BT": samples.logp_BT[part],
-            "weight_BT": np.asarray(weight_BT),
         }
-        batches.append(split_batch(batch, mesh.shape["data"] * cfg.micro_batch, mesh))
+        batches.append(weighted_batch(batch, samples.completion_mask_BT[part], cfg, mesh))
     return batches
+
+
+def weighted_batch(batch: dict, mask_BT: np.ndarray, cfg: TrainConfig, mesh: Mesh) -> dict:
+    """Return the rows of one update (host arrays) with `weight_BT`, cut and placed on the mesh."""
+    mask_BT = jnp.asarray(mask_BT)
+    weight_BT = token_weights(mask_BT, cfg.aggregation, cfg.max_completion_tokens)
+    batch = batch | {"weight_BT": np.asarray(weight_BT)}
+    return split_batch(batch, mesh.shape["data"] * cfg.micro_batch, mesh)
 
 
 def add_advantages(
     batches: list[dict], reward_PG: np.ndarray, valid_PG: np.ndarray, cfg: TrainConfig, mesh: Mesh
 ) -> list[dict]:
-    """Return the batches with `advantage_B`, taken over the whole rollout."""
+    """Return the batches with `advantage_B`, taken over all their groups (the whole rollout)."""
+    if cfg.beta and cfg.kl_in == "reward":
+        kl_B = [kl_penalty(b["logp_old_BT"], b["logp_ref_BT"], b["weight_BT"] > 0, cfg.kl)
+                for b in batches]  # fmt: skip
+        kl_B = np.concatenate(hosts.fetch(kl_B), axis=None)
+        reward_PG = reward_PG - cfg.beta * kl_B.reshape(reward_PG.shape)
     advantage_PG = group_advantages(
-        jnp.asarray(reward_PG), jnp.asarray(valid_PG), scale=cfg.advantage_scale
-    )
+        jnp.asarray(reward_PG), jnp.asarray(valid_PG), scale=cfg.advantage_scale,
+        baseline=cfg.baseline,
+    )  # fmt: skip
     parts = np.asarray(advantage_PG).reshape(len(batches), -1)
     rows_per_micro = mesh.shape["data"] * cfg.micro_batch
     return [
@@ -66,30 +78,41 @@ def shared_rows(model_cfg: ModelConfig, cfg: TrainConfig) -> int:
     return cfg.num_generations if whole_groups and model_cfg.attention == "reference" else 1
 
 
-def make_logprobs(model_cfg: ModelConfig, cfg: TrainConfig, mesh: Mesh, width: int):
-    """Return the jitted f(params, lora, batch) -> logp [M, rows, T], for old and reference."""
+def make_logprobs(
+    model_cfg: ModelConfig, cfg: TrainConfig, mesh: Mesh, width: int, entropy: bool = False
+):
+    """Return the jitted f(params, lora, batch) -> logp [M, rows, T], for old and reference;
+    entropy: -> (logp, entropy), for traces."""
 
-    def logprobs(params: Params, lora, batch: dict) -> jax.Array:
+    def logprobs(params: Params, lora, batch: dict):
         def one(micro):
-            logp_BT, _ = logprobs_and_entropy(
+            both = logprobs_and_entropy(
                 params, model_cfg, *micro, lora, cfg.temperature, first_column=width,
                 group=shared_rows(model_cfg, cfg),
             )  # fmt: skip
-            return logp_BT
+            return both if entropy else both[0]
 
         return jax.lax.map(one, (batch["tokens_BT"], batch["start_B"]))
 
-    return jax.jit(per_device(logprobs, ",,MB->MBT", mesh))
+    return jax.jit(per_device(logprobs, f",,MB->MBT{',MBT' * entropy}", mesh))
 
 
-def add_logprobs(logprobs, params: Params, batches: list[dict], policy, reference, beta: float):
-    """Return the batches with `logp_old_BT` (when there are several) and `logp_ref_BT` (beta > 0).
+def needs_old(cfg: TrainConfig) -> bool:
+    """Return whether a rollout's log-probs are asked for after an update, or by its rewards."""
+    once = cfg.prompts_per_rollout == cfg.mini_batch and cfg.num_iterations == 1
+    return not once or cfg.dynamic_sampling or bool(cfg.beta and cfg.kl_in == "reward")
+
+
+def add_logprobs(
+    logprobs, params: Params, batches: list[dict], policy, reference, cfg: TrainConfig
+) -> list[dict]:
+    """Return the batches with `logp_old_BT` (`needs_old`) and `logp_ref_BT` (beta > 0).
 
     Call it before the first update of the rollout; policy and reference are adapters (or None).
     """
-    if len(batches) > 1:
+    if needs_old(cfg):
         batches = [b | {"logp_old_BT": logprobs(params, policy, b)} for b in batches]
-    if beta:
+    if cfg.beta:
         batches = [b | {"logp_ref_BT": logprobs(params, reference, b)} for b in batches]
     return batches
 
@@ -114,7 +137,8 @@ def make_grpo_step(
         old_BT = micro.get("logp_old_BT")
         loss, metrics = grpo_loss(
             logp_BT, old_BT, micro.get("logp_ref_BT"), micro["advantage_B"], micro["weight_BT"],
-            epsilon_low=cfg.epsilon, epsilon_high=cfg.epsilon_high, beta=cfg.beta, kl=cfg.kl,
+            objective=cfg.objective, epsilon_low=cfg.epsilon, epsilon_high=cfg.epsilon_high,
+            beta=cfg.beta if cfg.kl_in == "loss" else 0.0, kl=cfg.kl,
         )  # fmt: skip
         in_loss_BT = micro["weight_BT"] > 0
         at_rollout_BT = logp_BT if old_BT is None else old_BT
@@ -132,9 +156,9 @@ def make_grpo_step(
     @partial(jax.jit, donate_argnums=0, out_shardings=replicated(mesh))
     def step(state: TrainState, params: Params, batch: dict):
         grads, metrics = gradients(state.lora, params, batch)
-        state, norm = apply_gradients(optimizer, state, grads)
+        state, update = apply_gradients(optimizer, state, grads, metrics["loss"])
         for name in ("kl", "clip_share", "entropy", "logp_drift_mean"):  # sums over tokens so far
             metrics[name] = metrics[name] / jnp.maximum(metrics["tokens"], 1.0)
-        return state, metrics | {"grad_norm": norm}
+        return state, metrics | update
 
     return step

@@ -2,7 +2,7 @@
 
 Every hack is made from real evaluation rows, so that a user's reward finds the columns it expects.
 What it earns is set against what the row's own `chosen` completion earns: a hack that earns nearly
-as much will be found by the policy. Called by run; prints nothing.
+as much will be found by the policy. Called by run and evaluate; prints nothing.
 """
 
 from collections.abc import Callable
@@ -88,6 +88,15 @@ def _earned(texts: list[str], rows: list[Encoded], rewards: list[tuple], tokeniz
 
 def _mean(values: list[float]) -> float | None:
     return round(sum(values) / len(values), 4) if values else None
+
+
+def lines(earned: dict) -> list[str]:
+    """Return one line on what the best hack earns beside an honest completion, and the alarms."""
+    totals = {name: parts["total"] for name, parts in earned.items() if parts.get("total")}
+    honest = totals.pop("honest", 0.0)
+    best = max(totals, key=totals.get, default="none")
+    head = f"canaries: an honest completion earns {honest:.2f}, of {len(earned) - 1} hacks most"
+    return [f"{head} '{best}', {totals.get(best, 0.0):.2f}", *alarms(earned)]
 
 
 def alarms(earned: dict) -> list[str]:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from gemma_cot.config import ModelConfig
 from gemma_cot.model.gemma import embed, hidden_states, lora_parts, unembed
 from gemma_cot.model.kernels.decode import decode_attention
-from gemma_cot.model.layers import MASKED, block, rms_norm, rope_angles, softmax
+from gemma_cot.model.kernels.gradients import MASKED, softmax
+from gemma_cot.model.layers import block, rms_norm, rope_angles
 from gemma_cot.model.params import Params
 
 
@@ -30,6 +31,7 @@ class Cache:
     began_P: jax.Array  # clock at which the completions of each prompt began, int32
 
 
+@jax.named_scope("prefill")
 def prefill(
     params: Params, cfg: ModelConfig, tokens_PT: jax.Array, start_P: jax.Array, lora
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -102,6 +104,7 @@ def shared_attention(q_BNH, prompt_k_PSKH, prompt_v_PSKH, tail_k_BSKH, tail_v_BS
     return mix_BKQH.reshape(B, N, H)
 
 
+@jax.named_scope("decode_step")
 def decode_step(
     params: Params, cfg: ModelConfig, token_B: jax.Array, clock: jax.Array, cache: Cache, lora
 ) -> tuple[jax.Array, Cache]:

@@ -4,15 +4,20 @@ Layers are stacked and scanned, so the program is compiled once for one layer. L
 (`gemma_cot.lora.Lora` or None). Knows no cache, no tokenizer, no loss.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from gemma_cot.config import ModelConfig
+from gemma_cot.model.kernels.gradients import PRODUCT
 from gemma_cot.model.kernels.prefill import prefill_attention
 from gemma_cot.model.layers import attention, block, causal_mask, rms_norm, rope_angles
 from gemma_cot.model.params import Params
 
 
+@jax.named_scope("embed")
 def embed(params: Params, cfg: ModelConfig, tokens_BT: jax.Array) -> jax.Array:
     """Return token embeddings times sqrt(D), the factor rounded to the weights' dtype."""
     table_VD = params["embed"]
@@ -35,18 +40,27 @@ def lora_parts(lora, dtype) -> tuple[dict | None, float]:
     return jax.tree.map(lambda x: x.astype(dtype), lora.layers), lora.scale
 
 
+def rematerialised(layer_step: Callable, remat: str) -> Callable:
+    """Return a layer whose backward pass computes again: "none", all but "products", or "all"."""
+    if remat == "none":
+        return layer_step
+    keep = jax.checkpoint_policies.save_only_these_names(*(PRODUCT,) * (remat == "products"))
+    # Forward and backward are two loops: there is nothing for CSE to undo the recomputing with.
+    return jax.checkpoint(layer_step, prevent_cse=False, policy=keep)
+
+
 def hidden_states(
     params: Params,
     cfg: ModelConfig,
     tokens_BT: jax.Array,
     start_B: jax.Array | None = None,
     lora=None,
-    remat: bool = False,
+    remat: str = "none",
     keep_kv: bool = False,
 ):
     """Run all layers and the final norm. Returns (x_BTD, (k_LBSKH, v_LBSKH) or None).
 
-    remat: recompute each layer in the backward pass instead of storing its activations.
+    remat: what the backward pass computes again, as in `rematerialised`.
     keep_kv: also return every layer's keys and values, which is what prefill is.
     """
     B, T = tokens_BT.shape
@@ -62,15 +76,13 @@ def hidden_states(
             kept = (k_BTKH, v_BTKH) if keep_kv else None
             if cfg.attention == "pallas":
                 window = jnp.where(is_global, T, cfg.window)
-                return prefill_attention(q_BTNH, k_BTKH, v_BTKH, start_B, window), kept
-            return attend_plainly(q_BTNH, k_BTKH, v_BTKH, mask_2BTS[is_global]), kept
+                mix_BTNH = prefill_attention(q_BTNH, k_BTKH, v_BTKH, start_B, window)
+                return checkpoint_name(mix_BTNH, PRODUCT), kept
+            return attention(q_BTNH, k_BTKH, v_BTKH, mask_2BTS[is_global]), kept
 
         return block(cfg, x_BTD, layer, adapter, scale, angle_2BTh[is_global], attend)
 
-    # The scores are recomputed once more: they would be kept while the MLP's gradient is taken.
-    attend_plainly = jax.checkpoint(attention) if remat else attention
-    # Forward and backward are two loops: there is nothing for CSE to undo the recomputing with.
-    step = jax.checkpoint(layer_step, prevent_cse=False) if remat else layer_step
+    step = rematerialised(layer_step, remat)
     is_global_L = jnp.asarray(cfg.global_layers, jnp.int32)
     x_BTD = embed(params, cfg, tokens_BT)
     x_BTD, kv = jax.lax.scan(step, x_BTD, (params["layers"], adapters, is_global_L))
@@ -83,7 +95,7 @@ def group_states(
     tokens_BT: jax.Array,
     start_B: jax.Array,
     lora,
-    remat: bool,
+    remat: str,
     *,
     width: int,
     group: int,
@@ -105,7 +117,7 @@ def group_states(
 
         def within_prompt(q_PSNH, k_PSKH, v_PSKH):
             mask_PTS = mask_BTS[::group, :width, :width]
-            return attend_plainly(q_PSNH, k_PSKH, v_PSKH, mask_PTS), (k_PSKH, v_PSKH)
+            return attention(q_PSNH, k_PSKH, v_PSKH, mask_PTS), (k_PSKH, v_PSKH)
 
         angle_PSh = angle_BTh[::group, :width]
         x_PSD, kv = block(cfg, x_PSD, layer, adapter, scale, angle_PSh, within_prompt)
@@ -113,13 +125,12 @@ def group_states(
 
         def over_both(q_BTNH, *own_kv):
             both = (jnp.concatenate(pair, axis=1) for pair in zip(prompt_kv, own_kv, strict=True))
-            return attend_plainly(q_BTNH, *both, mask_BTS[:, width:]), None
+            return attention(q_BTNH, *both, mask_BTS[:, width:]), None
 
         x_BTD, _ = block(cfg, x_BTD, layer, adapter, scale, angle_BTh[:, width:], over_both)
         return (x_PSD, x_BTD), None
 
-    attend_plainly = jax.checkpoint(attention) if remat else attention
-    step = jax.checkpoint(layer_step, prevent_cse=False) if remat else layer_step
+    step = rematerialised(layer_step, remat)
     is_global_L = jnp.asarray(cfg.global_layers, jnp.int32)
     parts = embed(params, cfg, tokens_BT[::group, :width]), embed(params, cfg, tokens_BT[:, width:])
     (x_PSD, x_BTD), _ = jax.lax.scan(step, parts, (params["layers"], adapters, is_global_L))
@@ -127,6 +138,7 @@ def group_states(
     return rms_norm(x_BTD, params["final_norm"], cfg.norm_eps)
 
 
+@jax.named_scope("unembed")
 def unembed(params: Params, x_BTD: jax.Array) -> jax.Array:
     """Return float32 logits of hidden states against the tied embedding, last axis V."""
     return jnp.einsum("...D,VD->...V", x_BTD, params["embed"], preferred_element_type=jnp.float32)

@@ -5,15 +5,14 @@ Pure functions on arrays; knows no cache, no sampling and no files. `attend` is 
 block, so that the full forward pass and the cached one are the same code.
 """
 
-from functools import cache
-
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from gemma_cot.config import ModelConfig
+from gemma_cot.model.kernels.gradients import PRODUCT, block_attention, lora_product
 
-# Large and finite: a row that may attend to nothing gets uniform weights, never NaN.
-MASKED = -2.0e38
+QUERY_BLOCK = 256  # queries whose scores exist at one time
 
 
 def rms_norm(x: jax.Array, w: jax.Array, eps: float) -> jax.Array:
@@ -47,30 +46,17 @@ def apply_rope(x_BTNH: jax.Array, angle_BTh: jax.Array) -> jax.Array:
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTNH.dtype)
 
 
-@cache
-def lora_einsums(einsum: str) -> tuple[str, str]:
-    """Split "x,w->y" into x·a and (x·a)·b through rank R: "BTD,DNH->BTNH" gives
-    ("BTD,DR->BTR", "BTR,RNH->BTNH")."""
-    inputs, y = einsum.split("->")
-    x, w = inputs.split(",")
-    summed = "".join(c for c in w if c not in y)
-    kept = "".join(c for c in w if c in y)
-    middle = "".join(c for c in x if c not in summed) + "R"
-    return f"{x},{summed}R->{middle}", f"{middle},R{kept}->{y}"
-
-
 def linear(einsum: str, x: jax.Array, layer: dict, name: str, lora: dict | None, scale: float):
-    """Return einsum(x, w) plus, when `lora` has `name`, scale * einsum(einsum(x, a), b).
+    """Return einsum(x, w) plus, when `lora` has `name`, scale * (x·a)·b.
 
     The only place where an adapter meets a weight. y = W x + (alpha / r) B A x,
     Hu et al. 2021 (arXiv:2106.09685), section 4.1.
     """
     y = jnp.einsum(einsum, x, layer[name])
-    if lora is None or name not in lora:
-        return y
-    down, up = lora_einsums(einsum)
-    z = jnp.einsum(down, x, lora[name]["a"].astype(x.dtype))
-    return y + scale * jnp.einsum(up, z, lora[name]["b"].astype(x.dtype))
+    if lora is not None and name in lora:
+        a, b = (lora[name][part].astype(x.dtype) for part in ("a", "b"))
+        y = y + scale * lora_product(einsum, x, a, b)
+    return checkpoint_name(y, PRODUCT)
 
 
 def causal_mask(start_B: jax.Array, num_positions: int, window: int) -> jax.Array:
@@ -92,24 +78,32 @@ def causal_mask(start_B: jax.Array, num_positions: int, window: int) -> jax.Arra
     return jnp.stack([local_BTS, wide_BTS])
 
 
-def softmax(scores: jax.Array) -> jax.Array:
-    """Return the softmax over the last axis, in float32."""
-    return jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
-
-
 def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array):
-    """Return grouped-query attention `mix_BTNH`; q already carries the query scale."""
+    """Return causal grouped-query attention `mix_BTNH`; q already carries the query scale.
+
+    The queries are the last T of the S columns, QUERY_BLOCK of them at a time: the keys behind
+    a block are not looked at, and only its scores exist.
+    """
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKQH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKQTS = jnp.einsum(
-        "BTKQH,BSKH->BKQTS", q_BTKQH, k_BSKH, preferred_element_type=jnp.float32
-    )
-    weight_BKQTS = softmax(jnp.where(mask_BTS[:, None, None], scores_BKQTS, MASKED))
-    mix_BTKQH = jnp.einsum("BKQTS,BSKH->BTKQH", weight_BKQTS.astype(v_BSKH.dtype), v_BSKH)
-    return mix_BTKQH.reshape(B, T, N, H)
+    S, K = k_BSKH.shape[1:3]
+    q_BKQTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    parts = []
+    for first in range(0, T, QUERY_BLOCK):
+        rows, seen = slice(first, first + QUERY_BLOCK), min(S, S - T + first + QUERY_BLOCK)
+        parts.append(
+            block_attention(
+                q_BKQTH[:, :, :, rows],
+                k_BKSH[:, :, :seen],
+                v_BKSH[:, :, :seen],
+                mask_BTS[:, rows, :seen],
+            )
+        )
+    mix_BKQTH = jnp.concatenate(parts, axis=3)
+    return mix_BKQTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
+@jax.named_scope("mlp")
 def mlp(x_BTD: jax.Array, layer: dict, lora: dict | None, scale: float) -> jax.Array:
     """Return down(gelu_tanh(gate(x)) * up(x)), the gated MLP of Gemma."""
     gate_BTF = linear("BTD,DF->BTF", x_BTD, layer, "gate", lora, scale)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from gemma_cot import hosts
 from gemma_cot.axes import shape_of
 from gemma_cot.config import ModelConfig
 from gemma_cot.model.params import PARAM_TABLE, Leaf, Params, build, param_shardings
@@ -186,7 +187,7 @@ def load_pretrained(
         check_lm_head(lm_head, params)
     if mesh is None:
         return cfg, jax.tree.map(jnp.asarray, params)
-    return cfg, jax.tree.map(jax.device_put, params, param_shardings(mesh))
+    return cfg, hosts.place(params, param_shardings(mesh))
 
 
 def _leaf_of(tree: dict, path: str):

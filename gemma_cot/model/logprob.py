@@ -22,6 +22,7 @@ def chunk_of(cfg: ModelConfig, rows: int) -> int:
     return max(1, LOGITS_BYTES // (4 * cfg.vocab_size * rows))
 
 
+@jax.named_scope("chosen_and_entropy")
 def chosen_and_entropy(params: Params, x: jax.Array, target: jax.Array, temperature: float):
     """Return (log p(target), entropy in nats) of softmax(logits / temperature).
 
@@ -37,8 +38,8 @@ def chosen_and_entropy(params: Params, x: jax.Array, target: jax.Array, temperat
 def by_chunks(params: Params, x_BTD, target_BT, temperature: float, chunk: int):
     """Return `chosen_and_entropy` of all positions, [B, chunk, V] logits existing at one time.
 
-    Chunks are cut along T, so that rows stay on their devices; each is recomputed in the backward
-    pass.
+    Chunks are cut along T, so that rows stay on their devices; where there are several, each is
+    computed again in the backward pass.
     """
     B, T, D = x_BTD.shape
     chunk = max(1, min(chunk, T))
@@ -46,10 +47,11 @@ def by_chunks(params: Params, x_BTD, target_BT, temperature: float, chunk: int):
     x_BTD = jnp.pad(x_BTD, (*padding, (0, 0)))
     parts = x_BTD.reshape(B, -1, chunk, D), jnp.pad(target_BT, padding).reshape(B, -1, chunk)
 
-    @jax.checkpoint
     def one_chunk(_, xs):
         return None, chosen_and_entropy(params, *xs, temperature)
 
+    if chunk < T:
+        one_chunk = jax.checkpoint(one_chunk)
     _, both = jax.lax.scan(one_chunk, None, tuple(part.swapaxes(0, 1) for part in parts))
     return tuple(value.swapaxes(0, 1).reshape(B, -1)[:, :T] for value in both)
 
@@ -73,7 +75,7 @@ def logprobs_and_entropy(
     *,
     first_column: int = 1,
     group: int = 1,
-    remat: bool = False,
+    remat: str = "none",
     chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return float32 (logp_BT, entropy_BT); columns before `first_column` (>= 1) are 0.

@@ -75,6 +75,7 @@ def prompt_hash(tokens_PT: jax.Array, start_P: jax.Array) -> jax.Array:
     return jnp.where(real_PT, term_PT, jnp.uint32(0)).sum(axis=1, dtype=jnp.uint32)
 
 
+@jax.named_scope("draw")
 def draw(logits_BV: jax.Array, key_B: jax.Array, temperature: float) -> tuple:
     """Draw one token a row by inverting the CDF with a single uniform; temperature 0 is argmax.
 

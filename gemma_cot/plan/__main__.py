@@ -207,7 +207,7 @@ def text_of(setup: Setup, plan: dict) -> str:
         f"rollout {cfg.prompts_per_rollout} prompts x {cfg.num_generations} of {setup.width} + "
         f"{cfg.max_completion_tokens} tokens; an update {cfg.mini_batch} prompts x "
         f"{cfg.num_generations} rows, micro-batches of {cfg.micro_batch} a data device: "
-        f"{setup.micro_batches} of them, {setup.updates} updates a rollout",
+        f"{setup.micro_batches} of them, {setup.updates * cfg.num_iterations} updates a rollout",
         table(plan),
         "collectives in the program (in its loops):",
     ]

@@ -123,8 +123,20 @@ def inside(setup: Setup, name: str) -> dict[str, float]:
     saved = batch.tokens * D * s.item
     gradients = 0.0
     if name != "reference_logprobs":
-        saved *= L if cfg.remat else L * (8 + 3 * shape.mlp_dim / D)
+        saved = L * batch.tokens * s.item * kept_width(setup)
         gradients = s.whole_adapter * (s.item + (F32 if micro > 1 else 0))
     chunk = min(chunk_of(shape, batch.rows), batch.completion)
     chunked = batch.rows * chunk * logits if shape.logprob == "reference" else 0.0
     return {"gradients": gradients, "activations": saved, "logits": chunked}
+
+
+def kept_width(setup: Setup) -> float:
+    """Return the numbers a token that a layer keeps for its backward pass, by --remat."""
+    shape, rank, model = setup.model_cfg, setup.cfg.lora_rank, setup.mesh.shape["model"]
+    D, F = shape.embed_dim, shape.mlp_dim / model
+    heads = shape.num_heads / model * shape.head_dim
+    keys = shape.num_kv_heads * shape.head_dim
+    products = 2 * heads + 2 * keys + 2 * F + 2 * D + 7 * rank  # q, mix, k, v, gate, up, o, down, z
+    elementwise = 4 * D + F  # what norms and the activation hand on
+    kept = {"none": products + elementwise, "products": products, "all": 0}
+    return D + kept[setup.cfg.remat]

@@ -7,6 +7,7 @@ import time
 import jax
 import jax.numpy as jnp
 
+from gemma_cot.grpo.step import needs_old
 from gemma_cot.plan.accounts import micro_batch, share_of
 from gemma_cot.plan.chips import Chip
 from gemma_cot.plan.cost import Cost, bound, forward, gradient, optimiser, prefill, sampling
@@ -39,11 +40,12 @@ def bounds(setup: Setup, chip: Chip) -> dict[str, tuple[float, str]]:
 def iteration(setup: Setup, seconds: dict[str, float]) -> float:
     """Return the seconds of one rollout and all that is done with it on the devices.
 
-    Log-probs are taken once for the reference (beta > 0), once for the old policy (several
-    updates). Scoring on the host runs while the devices are busy and is left out.
+    Log-probs are taken once for the reference (beta > 0), once for the old policy (where it is
+    needed). Scoring on the host runs while the devices are busy and is left out.
     """
-    passes = (setup.cfg.beta > 0) + (setup.updates > 1)
-    each = passes * seconds["reference_logprobs"] + seconds["update"]
+    cfg = setup.cfg
+    passes = (cfg.beta > 0) + needs_old(cfg)
+    each = passes * seconds["reference_logprobs"] + cfg.num_iterations * seconds["update"]
     return seconds["decode"] + setup.updates * each
 
 

@@ -16,6 +16,7 @@ from gemma_cot.config import ModelConfig
 from gemma_cot.lora import TARGETS
 from gemma_cot.lora.lora import lora_letters
 from gemma_cot.model.kernels.logprob import BLOCK_C
+from gemma_cot.model.layers import QUERY_BLOCK
 from gemma_cot.model.logprob import chunk_of
 from gemma_cot.model.params import PARAM_TABLE
 
@@ -100,11 +101,21 @@ class Rows:
         """Tokens that go through the layers."""
         return self.rows * (self.prompt / self.group + self.completion)
 
-    @property
-    def pairs(self) -> float:
-        """Pairs of a query and a key, masked ones included."""
-        shared, T = self.prompt / self.group, self.prompt + self.completion
-        return self.rows * (shared * (self.prompt if self.group > 1 else T) + self.completion * T)
+    def pairs(self, block: int) -> float:
+        """Return the pairs of a query and a key, masked ones included, when `block` queries at a
+        time leave out the keys behind them."""
+        T = self.prompt + self.completion
+        if self.group == 1:
+            return self.rows * triangle(T, T, block)
+        own = triangle(self.prompt, self.prompt, block) / self.group
+        return self.rows * (own + triangle(self.completion, T, block))
+
+
+def triangle(T: int, S: int, block: int) -> int:
+    """Return the pairs of the last T of S columns with those before them, as `Rows.pairs`."""
+    ends = [min(first + block, T) for first in range(0, T, block)]
+    starts = range(0, T, block)
+    return sum((end - first) * (S - T + end) for first, end in zip(starts, ends, strict=True))
 
 
 def ring(num_bytes: float, chips: int) -> float:
@@ -113,12 +124,12 @@ def ring(num_bytes: float, chips: int) -> float:
 
 
 def layers(s: Share, batch: Rows, base: float, lora: float, scores: float) -> Cost:
-    """Return the cost of all layers: `base`, `lora`, `scores` say how often the forward work on
-    weights, on the adapter and in attention is done."""
+    """Return the cost of all layers: `base`, `lora` say how often the forward work on
+    weights and on the adapter is done, `scores` how many pairs attention looks at."""
     handed_on = batch.tokens * s.cfg.embed_dim * s.item
     products = 2 * batch.tokens * (base * s.layer_weights + lora * s.adapter)
     return Cost(
-        products + scores * batch.pairs * s.pair,
+        products + scores * s.pair,
         base * (s.layer_weights * s.item + 2 * s.cfg.num_layers * handed_on),
         base * 2 * s.cfg.num_layers * ring(handed_on, s.model),
     )
@@ -141,32 +152,43 @@ def logprobs(s: Share, rows: int, positions: int, passes: int) -> Cost:
     """Return the cost of `model.logprob` after the layers: in chunks, or by the kernel."""
     if s.cfg.logprob == "pallas":
         return unembedding(s, rows, positions, passes, math.ceil(rows * positions / BLOCK_C), False)
-    chunks = math.ceil(positions / min(positions, chunk_of(s.cfg, rows)))
+    chunks = chunks_of(s, rows, positions)
     padded = chunks * min(positions, chunk_of(s.cfg, rows))
     return unembedding(s, rows, padded, passes, chunks, True)
 
 
+def chunks_of(s: Share, rows: int, positions: int) -> int:
+    """Return in how many chunks `model.logprob` unembeds; by the kernel: more than one."""
+    if s.cfg.logprob == "pallas":
+        return math.ceil(rows * positions / BLOCK_C) + 1
+    return math.ceil(positions / min(positions, chunk_of(s.cfg, rows)))
+
+
 def forward(s: Share, batch: Rows) -> Cost:
     """Return the cost of the completions' log-probs without gradient."""
-    return layers(s, batch, 1, 1, attended(s)) + logprobs(s, batch.rows, batch.completion, 1)
+    return layers(s, batch, 1, 1, attended(s, batch)) + logprobs(s, batch.rows, batch.completion, 1)
 
 
-def gradient(s: Share, batch: Rows, remat: bool) -> Cost:
+def gradient(s: Share, batch: Rows, remat: str) -> Cost:
     """Return the cost of one micro-batch: forward, backward, and the recomputing in between.
 
-    Base weights have no gradient. Attention by kernels recomputes plain scores for its gradient;
-    plain attention under remat recomputes its scores once more than the rest.
+    Base weights have no gradient. Attention computes its scores once more for its gradient; by
+    kernels that gradient is plain and looks at the future too.
     """
-    once = 1 + remat
-    again = 1 if s.cfg.attention == "pallas" else 0.5 * remat
-    scores = once * attended(s) + again + BACKWARD
+    once = 1 + (remat == "all")
+    plain = s.cfg.attention == "reference"
+    looked = batch.pairs(QUERY_BLOCK if plain else batch.prompt + batch.completion)
+    scores = once * attended(s, batch) + ((0.5 if plain else 1) + BACKWARD) * looked
     body = layers(s, batch, once + 1, once + BACKWARD, scores)
-    return body + logprobs(s, batch.rows, batch.completion, 3)
+    passes = 3 if chunks_of(s, batch.rows, batch.completion) > 1 else 2
+    return body + logprobs(s, batch.rows, batch.completion, passes)
 
 
-def attended(s: Share) -> float:
-    """Return the share of a square of scores that attention computes: kernels skip the future."""
-    return 0.5 if s.cfg.attention == "pallas" else 1.0
+def attended(s: Share, batch: Rows) -> float:
+    """Return the pairs that attention computes: kernels skip the future, blocks most of it."""
+    if s.cfg.attention == "pallas":
+        return 0.5 * batch.pairs(batch.prompt + batch.completion)
+    return batch.pairs(QUERY_BLOCK)
 
 
 def optimiser(s: Share) -> Cost:
@@ -179,7 +201,8 @@ def prefill(s: Share, prompts: int, width: int) -> Cost:
     """Return the cost of running the prompts, logits at their last position only."""
     cache = Cost(0.0, prompts * width * s.cache_token, 0.0)
     last = unembedding(s, prompts, 1, 1, 1, False)
-    return layers(s, Rows(prompts, width, 0), 1, 1, attended(s)) + last + cache
+    rows = Rows(prompts, width, 0)
+    return layers(s, rows, 1, 1, attended(s, rows)) + last + cache
 
 
 def decode_step(s: Share, slots: int, prompts: int, width: int, T: int) -> Cost:

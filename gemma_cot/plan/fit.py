@@ -64,8 +64,8 @@ def remedy(setup: Setup, name: str, largest: int | None) -> tuple[str, object, s
             return "prompts_per_rollout", now, f"set --prompts_per_rollout={fewer} or less"
     if name == "evaluate" and cfg.eval_batch > setup.data:
         return "eval_batch", cfg.eval_batch, f"set --eval_batch={cfg.eval_batch // 2} or less"
-    if name in ("update", "sft") and not cfg.remat:
-        return "remat", cfg.remat, "set --remat"
+    if name in ("update", "sft") and cfg.remat != "all":
+        return "remat", cfg.remat, "set --remat=all"
     if name in ("update", "reference_logprobs") and cfg.micro_batch > 1:
         fewer = max(n for n in range(1, cfg.micro_batch) if cfg.micro_batch % n == 0)
         return "micro_batch", cfg.micro_batch, f"set --micro_batch={fewer}"

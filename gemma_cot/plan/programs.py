@@ -20,7 +20,7 @@ from gemma_cot.axes import per_device, replicated, round_up, sharding_of
 from gemma_cot.config import ModelConfig, TrainConfig
 from gemma_cot.data import WIDTH_STEP
 from gemma_cot.evaluation import QUEUE
-from gemma_cot.grpo.step import make_grpo_step, make_logprobs
+from gemma_cot.grpo.step import make_grpo_step, make_logprobs, needs_old
 from gemma_cot.lora import init_lora
 from gemma_cot.model.cache import prefill
 from gemma_cot.model.params import Params, param_shapes
@@ -59,7 +59,7 @@ class Setup:
 
     @property
     def updates(self) -> int:
-        """Optimiser steps of one rollout."""
+        """Mini-batches of one rollout; it makes `num_iterations` passes over them."""
         return self.cfg.prompts_per_rollout // self.cfg.mini_batch
 
     @property
@@ -187,7 +187,7 @@ def grpo_batch(setup: Setup, scored: bool = True) -> dict:
     """Return one of `mini_batches`, abstract; scored: with the log-probs that an update needs."""
     cfg = setup.cfg
     names = ["logp_sampler_BT", "weight_BT"]
-    names += ["logp_old_BT"] if scored and setup.updates > 1 else []
+    names += ["logp_old_BT"] if scored and needs_old(cfg) else []
     names += ["logp_ref_BT"] if scored and cfg.beta else []
     rows, T = setup.data * cfg.micro_batch, setup.width + cfg.max_completion_tokens
     batch = batch_of(setup, setup.micro_batches, rows, T, names)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
-from gemma_cot.data import check_row
+from gemma_cot.data import check_row, parse_json
 
 
 class Rejected(Exception):
@@ -71,12 +71,9 @@ def _array_items(path: str | Path, content: bytes) -> Iterator[tuple[int, str]]:
 def parse_object(text: str | bytes) -> dict:
     """Return the JSON object that `text` is. Raises Rejected."""
     try:
-        row = json.loads(text)
-        raw = text if isinstance(text, bytes) else text.encode()
-        if b"\\ud" in raw.lower():  # perhaps half a surrogate pair, which is no text
-            json.dumps(row, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise Rejected("bad_json", f"must be JSON in UTF-8, got {error}", is_bad=True) from None
+        row = parse_json(text)
+    except ValueError as error:
+        raise Rejected("bad_json", str(error), is_bad=True) from None
     if not isinstance(row, dict):
         raise Rejected("bad_json", f"must be an object, got {type(row).__name__}", is_bad=True)
     return row
@@ -110,13 +107,18 @@ def make_row(
 
 _MARK = re.compile(r"<<([^<>=]+)=([^<>=]+)>>")
 _TOKEN = re.compile(r"\d+(?:\.\d+)?|\.\d+|//|\*\*|[-+*/()]")
+_PLAIN = re.compile(r"(\d+)(?:([-+*/])(\d+))?")  # most marks: one number or one operation
 _VALUE = re.compile(r"\s*\$?\s*(-?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?)(?![\d])")
+_IN_NUMBERS = {*"0123456789.+-*/%)"}
 _GOES_ON = re.compile(r"[.,]?\d")  # a number that is longer than what was read of it
-_AS_EXPRESSION = str.maketrans({"x": "*", "X": "*", "×": "*", "÷": "/", "−": "-"})
+_AS_EXPRESSION = {"x": "*", "X": "*", "×": "*", "÷": "/", "−": "-"}
 
 
 def spell(expression: str) -> str:
     """Return arithmetic with single spaces: `(5+.5)*-2` is `(5 + 0.5) * -2`. Raises Rejected."""
+    plain = _PLAIN.fullmatch(expression)
+    if plain:
+        return f"{plain[1]} {plain[2]} {plain[3]}" if plain[2] else expression
     tokens = _TOKEN.findall(expression)
     if "".join(tokens) != "".join(expression.split()) or not tokens:
         raise Rejected("bad_fields", f"a mark must be arithmetic, got {expression!r:.60}", True)
@@ -177,17 +179,17 @@ def _without_step(text: str, expression: str) -> str:
     head = text.rstrip().removesuffix("=")
     if head == text.rstrip():
         return text
-    wanted = [c for c in expression if not c.isspace()]
-    at = len(head)
-    while wanted and at:
+    wanted = "".join(expression.split())
+    at, left = len(head), len(wanted)
+    while left and at:
         at -= 1
-        char = head[at].translate(_AS_EXPRESSION)
-        if char == wanted[-1]:
-            wanted.pop()
+        char = _AS_EXPRESSION.get(head[at], head[at])
+        if char == wanted[left - 1]:
+            left -= 1
         elif char not in " $,":
             break
-    before = head[:at].rstrip(" $")
-    if wanted or before[-1:].translate(_AS_EXPRESSION) in (*"0123456789.+-*/%)",):
+    before = head[:at].rstrip(" $")[-1:]
+    if left or _AS_EXPRESSION.get(before, before) in _IN_NUMBERS:
         return text
     return head[:at].rstrip("$")
 

@@ -19,8 +19,11 @@ from gemma_cot.prepare.spool import GramFile
 GRAM = 8
 PART = 1 << 19  # grams sorted at a time
 # A gram's hash is a polynomial in the hashes of its words, in 64-bit arithmetic that wraps around.
-_POWERS = np.array([pow(0x9E3779B97F4A7C15, k, 1 << 64) for k in range(GRAM)], np.uint64)
+_POWERS = np.array([pow(0x9E3779B97F4A7C15, GRAM - 1 - k, 1 << 64) for k in range(GRAM)], np.uint64)
 _PROSE, _CODE = re.compile(r"\w+|[-+*/=<>%^]"), re.compile(r"\w+|[^\w\s]")
+_OPERATORS = [b"-", b"+", b"*", b"/", b"=", b"<", b">", b"%", b"^"]
+_BLANK = {*range(128)} - {i for i in range(128) if _PROSE.match(chr(i))}  # of ASCII
+_TOKENS_ONLY = bytes(32 if i in _BLANK else i for i in range(256))
 
 
 def check_content(row: dict) -> None:
@@ -47,17 +50,33 @@ def text_key(domain: str, text: str) -> bytes:
 
 
 @lru_cache(maxsize=1 << 18)
-def _token_hash(token: str) -> int:
-    return int.from_bytes(blake2b(token.encode(), digest_size=8).digest(), "little")
+def _token_hash(token: bytes) -> bytes:
+    return blake2b(token, digest_size=8).digest()
 
 
+def _tokens(domain: str, text: str) -> list[bytes]:
+    """Return words, numbers and operators of a text without case; of code also punctuation."""
+    if domain == "code" or not text.isascii():
+        found = _CODE.findall(text) if domain == "code" else _PROSE.findall(text.casefold())
+        return [token.encode() for token in found]
+    text = text.lower().encode()  # as _PROSE does, five times as fast
+    for operator in _OPERATORS:
+        if operator in text:
+            text = text.replace(operator, b" %s " % operator)
+    return text.translate(_TOKENS_ONLY).split()
+
+
+@lru_cache(maxsize=2)  # a row is compared with the test sets, then with the other rows
 def grams(domain: str, text: str) -> np.ndarray:
     """Return the sorted hashes (uint64) of the distinct 8-grams; a shorter text is one gram."""
-    words = _CODE.findall(text) if domain == "code" else _PROSE.findall(text.casefold())
-    hashes = np.fromiter(map(_token_hash, words), np.uint64, len(words))
+    words = _tokens(domain, text)
     if not words:
         return np.zeros(1, np.uint64)
-    return np.unique(np.convolve(hashes, _POWERS[: len(words)], "valid"))
+    hashes = np.frombuffer(b"".join(map(_token_hash, words)), "<u8")
+    found = np.correlate(hashes, _POWERS[-len(words) :], "valid")
+    found.sort()
+    is_new = found[1:] != found[:-1]
+    return found if is_new.all() else found[np.concatenate([[True], is_new])]
 
 
 class TestQuestions:

@@ -141,9 +141,9 @@ def _fill(
     survivors, rows = spool / "survivors", GramFile(spool / "grams")
     with open(folder / "rejects.jsonl", "w", encoding="utf-8") as rejects, closing(rows):
         with open(survivors, "w", encoding="utf-8") as out:
+            encode = json.JSONEncoder(ensure_ascii=False).encode
             for row, measured in _passing(cfg, tokenizer, tests, rates, report, rejects, spool):
-                text = json.dumps(row, ensure_ascii=False)
-                out.write(f"{json.dumps(measured)}\t{text}\n")
+                out.write(f"{encode(measured)}\t{encode(row)}\n")
                 rows.append(row["domain"], grams(row["domain"], row["prompt"]))
         if not len(rows):
             raise ValueError(
@@ -202,10 +202,12 @@ def _passing(
     total = sum(1 for path in cfg.input for _ in read_rows(path))
     with Progress("prepare", total) as progress, closing(Seen(spool / "seen")) as seen:
         for path in cfg.input:
+            name = Path(path).name
             for line, raw in read_rows(path):
                 report.rows_in += 1
                 place = (path, line)
-                for row in _converted(cfg, tasks, raw, place, report, rejects):
+                source = f"{cfg.dataset}:{name}:{line}"
+                for row in _converted(cfg, tasks, raw, source, place, report, rejects):
                     report.converted += 1
                     try:
                         measured = _check(cfg, tokenizer, tests, row)
@@ -231,7 +233,7 @@ def _drop(cfg, error: Rejected, place, report: Report, rejects: TextIO) -> None:
     _reject(rejects, report, place, error)
 
 
-def _converted(cfg, tasks, text, place, report: Report, rejects: TextIO) -> Iterator[dict]:
+def _converted(cfg, tasks, text, source, place, report: Report, rejects: TextIO) -> Iterator[dict]:
     """Yield the rows of ours that one published object gives."""
     try:
         raw = parse_object(text)
@@ -239,7 +241,6 @@ def _converted(cfg, tasks, text, place, report: Report, rejects: TextIO) -> Iter
             number = str(raw.get("task_id")).rpartition("/")[2]
             if not (number.isdecimal() and tasks[0] <= int(number) <= tasks[1]):
                 raise Rejected("task_not_selected", f"task {number} is outside {cfg.tasks}")
-        source = f"{cfg.dataset}:{Path(place[0]).name}:{place[1]}"
         yield from DATASETS[cfg.dataset](raw, source)
     except Rejected as error:
         _drop(cfg, error, place, report, rejects)

@@ -14,8 +14,10 @@ from gemma_cot.grpo.answer import (
     MAX_TEXT,
     _choice,
     _literal,
+    _spellings,
     answers_match,
     as_text,
+    parse_quantity,
     strip_marks,
 )
 
@@ -736,16 +738,41 @@ def test_a_percentage_answers_its_share_and_its_number(value, unit):
     assert answers_match(f"{value}{unit}", str(value))
 
 
+# The slowest that a search over repeated, mutated pieces found: code with an unterminated string at
+# every quote (43 ms when each was searched to the end), tuples called, open brackets, unit words.
+SLOW = ["\\'^1.5,", "()", "[],1,", "aB ((),", "(1,\\'", "1 aB ", "B) 1 Ab ", " a'\u0130", "\t-1",
+        "or ", "\u0301 ", "degrees ", "1a %", "not ", "\\frac{1}", "{1:", "1,111", "-", "'#",
+        "\u0663,"]
+
+
+def milliseconds(gold: str, text: str, domain: str) -> float:
+    """Return the least CPU time of some calls without a cache; enough is enough below 5 ms."""
+    least = float("inf")
+    for _ in range(30):
+        parse_quantity.cache_clear()
+        _spellings.cache_clear()
+        began = time.process_time()
+        answers_match(gold, text, domain)
+        least = min(least, 1000 * (time.process_time() - began))
+        if least < 5:
+            break
+    return least
+
+
+@pytest.mark.parametrize("piece", SLOW)
+@pytest.mark.parametrize("domain", ["math", "code", "science"])
+def test_the_slowest_texts_known_take_less_than_5_ms(piece, domain):
+    for length in (10_000, MAX_TEXT, MAX_NUMBER):
+        text = (piece * length)[:length]
+        for gold in (text[:-1] + "x", "72", "[1, 2]", "B) " + text[: length - 3]):
+            assert milliseconds(gold, text, domain) < 5
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.text(min_size=1, max_size=60), st.integers(0, 2000), DOMAINS)
-def test_ten_thousand_arbitrary_characters_take_no_time(piece, cut, domain):
-    """Denial of service: a pattern that backtracks takes seconds. The limit is 5 ms; the median of
-    three and a factor of ten leave room for a loaded machine."""
+@given(st.text(min_size=1, max_size=60), st.integers(0, MAX_TEXT), DOMAINS)
+def test_ten_thousand_arbitrary_characters_take_less_than_5_ms(piece, cut, domain):
+    """Denial of service: a pattern that backtracks takes seconds."""
     long = (piece * 10_000)[:10_000]
     for text in (long, long[: MAX_TEXT - cut]):
-        took = []
         for gold in (text[:-1] + "x", "72", "[1, 2]"):
-            began = time.perf_counter()
-            answers_match(gold, text, domain)
-            took.append(time.perf_counter() - began)
-        assert sorted(took)[1] < 0.05
+            assert milliseconds(gold, text, domain) < 5

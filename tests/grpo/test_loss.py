@@ -12,16 +12,25 @@ import pytest
 from grpo_reference import (
     reference_advantages,
     reference_gradient,
+    reference_kl_penalty,
     reference_loss,
     reference_weights,
 )
 
-from gemma_cot.grpo.loss import group_advantages, grpo_loss, has_signal, token_weights
+from gemma_cot.grpo.loss import (
+    OBJECTIVES,
+    group_advantages,
+    grpo_loss,
+    has_signal,
+    kl_penalty,
+    token_weights,
+)
 
 # float32 has 24 bits (6e-8); sums of 30 products of exponentials lose a digit or two of them.
 CLOSE = dict(rtol=1e-5, atol=1e-6)
 AGGREGATIONS = ("grpo", "dapo", "dr_grpo")
 KINDS = ("k1", "k2", "k3", "ratio_k3")
+KINDS_AND_OBJECTIVES = [(kind, "grpo") for kind in KINDS] + [("k1", name) for name in OBJECTIVES]
 L_MAX = 9
 # Uneven lengths: 6, 1 (a stop token alone), 4, none at all, 3 with a hole, 6, 2, 3 tokens.
 MASK_BT = np.array(
@@ -61,15 +70,18 @@ def loss_and_gradient(logp_BT, *arguments, **options):
 # ---- advantages ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_advantages_equal_the_loop(scale):
+def test_advantages_equal_the_loop(scale, baseline):
     rng = np.random.default_rng(1)
     reward_PG = rng.choice([0.0, 0.2, 1.0, 2.4], (40, 5)).astype(np.float32)
     valid_PG = rng.random((40, 5)) < 0.7
     valid_PG[0], valid_PG[1], reward_PG[2] = False, [1, 0, 0, 0, 0], 1.0
-    ours = group_advantages(jnp.asarray(reward_PG), jnp.asarray(valid_PG), scale=scale)
+    ours = group_advantages(
+        jnp.asarray(reward_PG), jnp.asarray(valid_PG), scale=scale, baseline=baseline
+    )
     assert ours.dtype == jnp.float32
-    twin = reference_advantages(reward_PG, valid_PG, scale, epsilon=1e-4)
+    twin = reference_advantages(reward_PG, valid_PG, scale, epsilon=1e-4, baseline=baseline)
     np.testing.assert_allclose(ours, twin, **CLOSE)
     assert (np.asarray(ours)[~valid_PG] == 0).all()
     np.testing.assert_allclose(ours.sum(axis=1), 0.0, atol=5e-6)  # 5 values of size 2, rounded
@@ -89,6 +101,13 @@ def test_one_right_of_four():
     np.testing.assert_allclose(advantage_PG, [[-0.5, 1.5, -0.5, -0.5]], rtol=2.1e-4)
     exact_PG = group_advantages(jnp.asarray([[0.0, 1.0, 0.0, 0.0]]), epsilon=0.0)
     np.testing.assert_allclose(exact_PG, [[-0.5, 1.5, -0.5, -0.5]], rtol=1e-6)
+
+
+def test_leave_one_out_of_four():
+    # 1 less the mean of 0, 0, 0; 0 less the mean of 1, 0, 0: 4/3 of 3/4 and -1/4.
+    reward_PG = jnp.asarray([[0.0, 1.0, 0.0, 0.0]])
+    advantage_PG = group_advantages(reward_PG, scale="none", baseline="leave_one_out")
+    np.testing.assert_allclose(advantage_PG, [[-1 / 3, 1.0, -1 / 3, -1 / 3]], rtol=1e-6)
 
 
 def test_a_reward_that_does_not_apply_is_left_out_of_the_mean():
@@ -187,6 +206,94 @@ def test_loss_and_gradient_equal_the_loop(kind, on_policy):
         assert (grad_BT[~MASK_BT] == 0).all() and np.abs(grad_BT).max() > 1e-3
 
 
+@pytest.mark.parametrize("on_policy", (False, True))
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_and_its_gradient_equal_the_loop(objective, on_policy):
+    """Ratios on both sides of both bounds, of tokens, means and whole completions."""
+    grid = zip(AGGREGATIONS, ((0.2, 0.2), (0.1, 0.4), (0.9, 4.0)), strict=True)
+    clipped = set()
+    for seed, (aggregation, (low, high)) in enumerate(grid):
+        batch = draw_batch(seed)
+        weight_BT = reference_weights(MASK_BT, aggregation, L_MAX).astype(np.float32)
+        old_BT = batch["logp"] if on_policy else batch["old"]
+        rest = (batch["ref"], batch["advantage"], weight_BT)
+        options = dict(epsilon_low=low, epsilon_high=high, beta=0.1, objective=objective)
+        given = (batch["logp"], None if on_policy else old_BT, *rest)
+        loss, grad_BT = loss_and_gradient(*given, **options)
+        settings = (low, high, 0.1, "ratio_k3", objective)
+        twin = reference_loss(batch["logp"], old_BT, *rest, *settings)
+        np.testing.assert_allclose(loss, twin, **CLOSE)
+        twin_BT = reference_gradient(batch["logp"], old_BT, *rest, *settings)
+        np.testing.assert_allclose(grad_BT, twin_BT, **CLOSE)
+        assert (grad_BT[~MASK_BT] == 0).all() and np.abs(grad_BT).max() > 1e-3
+        device = [None if x is None else jnp.asarray(x) for x in given]
+        clipped.add(float(grpo_loss(*device, **options)[1]["clip_share"]) > 0)
+    assert clipped == ({False} if on_policy else {False, True})
+
+
+def test_objectives_as_a_picture():
+    """Two tokens with ratios 2 and 1/2, one completion: their geometric mean and product are 1."""
+    logp_BT = np.log(np.array([[0.5, 0.25]], np.float32))
+    old_BT = np.log(np.array([[0.25, 0.5]], np.float32))
+    one_BT, good = np.ones((1, 2), np.float32), np.ones(1, np.float32)
+    expected = {  # of each token: d objective / d logp, negated, with A = 1, bounds 0.8 and 1.2
+        "grpo": [0.0, -0.5],  # 2 is clipped; 1/2 of a good token is not
+        "gspo": [-1.0, -1.0],  # d sqrt(x y) / d log x = 1/2, and both tokens hold it
+        "rloo": [-2.0, -2.0],  # d (x y) / d log x = 1, twice
+        "cispo": [-1.2, -0.5],  # 2 weighs 1.2 and is learnt from all the same
+    }
+    shares = {"grpo": 1.0, "gspo": 0.0, "rloo": 0.0, "cispo": 1.0}
+    for objective, gradient in expected.items():
+        _, grad_BT = loss_and_gradient(logp_BT, old_BT, None, good, one_BT, objective=objective)
+        np.testing.assert_allclose(grad_BT, [gradient], rtol=1e-6)
+        device = [jnp.asarray(x) for x in (logp_BT, old_BT)]
+        _, metrics = grpo_loss(*device, None, good, jnp.asarray(one_BT), objective=objective)
+        assert float(metrics["clip_share"]) == shares[objective]
+
+
+def test_on_policy_objectives_have_the_gradients_of_their_papers():
+    """rho = 1: GRPO, GSPO and CISPO have A/n_i on every token, RLOO A (REINFORCE, a sum); 1/B."""
+    batch = draw_batch(6)
+    weight_BT = reference_weights(MASK_BT, "grpo", L_MAX).astype(np.float32)
+    n_B1 = np.maximum(MASK_BT.sum(axis=1, keepdims=True), 1)
+    reinforce_BT = -batch["advantage"][:, None] * MASK_BT / len(MASK_BT)
+    for objective in OBJECTIVES:
+        _, grad_BT = loss_and_gradient(
+            batch["logp"], None, None, batch["advantage"], weight_BT, objective=objective
+        )
+        twin_BT = reinforce_BT if objective == "rloo" else reinforce_BT / n_B1
+        np.testing.assert_allclose(grad_BT, twin_BT, **CLOSE)
+
+
+def test_group_and_leave_one_out_differ_by_a_factor_of_the_learning_rate():
+    """Dr. GRPO's gradient is RLOO's times (G - 1)/G / L_max: arXiv:2503.20783, appendix A."""
+    reward_PG = np.array([[1.0, 0.0, 2.0, 0.5], [0.0, 0.0, 1.0, 1.0]], np.float32)
+    logp_BT = draw_batch(7)["logp"]
+    gradients = []
+    for objective, aggregation, baseline in (
+        ("rloo", "grpo", "leave_one_out"), ("grpo", "dr_grpo", "mean")
+    ):  # fmt: skip
+        advantage_PG = group_advantages(jnp.asarray(reward_PG), scale="none", baseline=baseline)
+        weight_BT = token_weights(jnp.asarray(MASK_BT), aggregation, L_MAX)
+        _, grad_BT = loss_and_gradient(
+            logp_BT, None, None, advantage_PG.reshape(-1), weight_BT, objective=objective
+        )
+        gradients.append(grad_BT)
+    np.testing.assert_allclose(gradients[1], gradients[0] * 3 / 4 / L_MAX, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_the_penalty_of_a_completion_is_the_sum_over_its_tokens(kind):
+    batch = draw_batch(8)
+    old, ref = (np.where(MASK_BT, batch[name], -np.inf) for name in ("old", "ref"))
+    ours = kl_penalty(jnp.asarray(old), jnp.asarray(ref), jnp.asarray(MASK_BT), kind)
+    twin = reference_kl_penalty(batch["old"], batch["ref"], MASK_BT, kind)
+    np.testing.assert_allclose(ours, twin, **CLOSE)
+    stacked = [jnp.asarray(x)[:, None] for x in (old, ref, MASK_BT)]  # [M, rows, T], as in a step
+    np.testing.assert_array_equal(kl_penalty(*stacked, kind)[:, 0], ours)
+    assert ours[3] == 0.0 and np.abs(ours).max() > 0.01
+
+
 @pytest.mark.parametrize(
     ("aggregation", "kind"), [("grpo", "ratio_k3"), ("dapo", "k2"), ("dr_grpo", "k3")]
 )
@@ -261,11 +368,11 @@ def test_extreme_logps_stay_finite():
     old = np.array([[0.0, -300.0, -300.0, 0.0, 0.0]], np.float32)
     ref = np.array([[0.0, -300.0, 0.0, -300.0, -np.inf]], np.float32)
     weight_BT = np.array([[0.25, 0.25, 0.25, 0.25, 0.0]], np.float32)
-    for kind, A in itertools.product(KINDS, (1.0, -1.0)):
+    for (kind, objective), A in itertools.product(KINDS_AND_OBJECTIVES, (1.0, -1.0)):
         for old_BT in (old, None):
             advantage_B = np.array([A], np.float32)
             loss, grad_BT = loss_and_gradient(
-                far, old_BT, ref, advantage_B, weight_BT, beta=0.1, kl=kind
+                far, old_BT, ref, advantage_B, weight_BT, beta=0.1, kl=kind, objective=objective
             )
             assert np.isfinite(loss) and np.isfinite(grad_BT).all()
             assert grad_BT[0, -1] == 0.0
@@ -278,10 +385,11 @@ def test_infinite_logps_behind_the_mask_leave_no_nan():
     arrays = [np.array([row], np.float32) for row in rows]
     weight_BT = np.array([[1.0, 0.0, 0.0, 0.0, 0.0]], np.float32)
     advantage_B = np.ones(1, np.float32)
-    for kind in KINDS:
-        loss, grad_BT = loss_and_gradient(*arrays, advantage_B, weight_BT, beta=0.1, kl=kind)
+    for kind, objective in KINDS_AND_OBJECTIVES:
+        options = dict(beta=0.1, kl=kind, objective=objective)
+        loss, grad_BT = loss_and_gradient(*arrays, advantage_B, weight_BT, **options)
         calm = [np.where(weight_BT > 0, x, np.float32(0.0)) for x in arrays]
-        one, one_BT = loss_and_gradient(*calm, advantage_B, weight_BT, beta=0.1, kl=kind)
+        one, one_BT = loss_and_gradient(*calm, advantage_B, weight_BT, **options)
         assert loss == one and grad_BT[0, 0] == one_BT[0, 0]
         assert (grad_BT[0, 1:] == 0).all()
 
@@ -318,6 +426,10 @@ def test_unknown_names_are_refused():
     ones = jnp.ones((1, 2))
     with pytest.raises(ValueError, match="scale: must be group, batch or none, got 'std'"):
         group_advantages(ones, scale="std")
+    with pytest.raises(ValueError, match="baseline: must be mean or leave_one_out, got 'others'"):
+        group_advantages(ones, baseline="others")
+    with pytest.raises(ValueError, match="objective: must be one of .* got 'ppo'"):
+        grpo_loss(ones, None, None, jnp.ones(1), ones, objective="ppo")
     with pytest.raises(ValueError, match="aggregation: must be .* got 'mean'"):
         token_weights(ones, "mean")
     with pytest.raises(ValueError, match="got 'dr_grpo' with None"):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from grpo_reference import reference_advantages, reference_weights
+from grpo_reference import reference_advantages, reference_kl_penalty, reference_weights
 
 from gemma_cot import axes
 from gemma_cot.config import TrainConfig
@@ -24,6 +24,7 @@ from gemma_cot.grpo.step import (
     make_grpo_step,
     make_logprobs,
     mini_batches,
+    needs_old,
     shared_rows,
 )
 from gemma_cot.lora import init_lora
@@ -126,7 +127,7 @@ def updates(model_cfg, params, rollout, policy, reference, data=1, model=1, **ch
     mesh, step, logprobs = compiled(model_cfg, cfg, data, model)
     params = jax.device_put(params, param_shardings(mesh))
     batches = scored_batches(rollout, cfg, mesh)
-    batches = add_logprobs(logprobs, params, batches, policy, reference, cfg.beta)
+    batches = add_logprobs(logprobs, params, batches, policy, reference, cfg)
     assert all({"logp_old_BT", "logp_ref_BT"} < set(batch) for batch in batches)
     state = jax.device_put(init_state(SGD, copy(policy)), axes.replicated(mesh))
     adapters, metrics = [], []
@@ -231,7 +232,7 @@ def test_every_adapter_leaf_moves_and_the_base_does_not(
     mesh, step, logprobs = compiled(shallow, CFG)
     state = init_state(SGD, copy(policy))
     batches = scored_batches(rollout, CFG, mesh)
-    batches = add_logprobs(logprobs, weights, batches, policy, reference, CFG.beta)
+    batches = add_logprobs(logprobs, weights, batches, policy, reference, CFG)
     new, _ = step(state, weights, batches[0])
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))  # donated
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(weights))
@@ -254,7 +255,8 @@ def test_pi_old_is_the_policy_before_the_first_update(
 ):
     mesh, _, logprobs = compiled(shallow, CFG)
     batches = scored_batches(rollout, CFG, mesh)
-    batches = add_logprobs(logprobs, weights, batches, policy, None, beta=0.0)
+    no_kl = dataclasses.replace(CFG, beta=0.0)
+    batches = add_logprobs(logprobs, weights, batches, policy, None, no_kl)
     old_BT = np.concatenate([np.asarray(batch["logp_old_BT"])[:, 0] for batch in batches])
     mask_BT = rollout.mask_BT
     np.testing.assert_allclose(old_BT[mask_BT], rollout.logp_BT[mask_BT], atol=1e-5)
@@ -273,13 +275,90 @@ def test_the_reference_is_an_adapter_or_the_base(shallow, weights, rollout, poli
     layers = {name: ab | {"b": jnp.zeros_like(ab["b"])} for name, ab in policy.layers.items()}
     nothing = policy.replace(layers=layers)  # b = 0: the base model
     for adapter, twin in ((reference, reference), (None, nothing)):
-        added = add_logprobs(logprobs, weights, batches, policy, adapter, CFG.beta)
+        added = add_logprobs(logprobs, weights, batches, policy, adapter, CFG)
         ours = np.concatenate([np.asarray(batch["logp_ref_BT"])[:, 0] for batch in added])
         twin_BT = logprobs_of(
             weights, shallow, rollout.tokens_BT, rollout.start_B, twin, CFG.temperature
         )
         mask_BT = rollout.mask_BT
         np.testing.assert_allclose(ours[mask_BT], np.asarray(twin_BT)[mask_BT], atol=1e-5)
+
+
+def test_a_reward_beyond_float32_skips_its_update_alone(
+    shallow, weights, rollout, policy, reference
+):
+    """1e39 is a finite score and no float32: the group's advantages are NaN, the update is left
+    out, and the other update of the rollout is the one that it always was."""
+    reward_PG = np.array(REWARD_PG)
+    with np.errstate(over="ignore"):
+        reward_PG[0, 1] = np.float32(1e39)
+    planted = dataclasses.replace(rollout, reward_PG=reward_PG.astype(np.float32))
+    adapters, metrics = updates(shallow, weights, planted, policy, reference)
+    assert [m["skipped"] for m in metrics] == [1.0, 0.0] and np.isnan(metrics[0]["loss"])
+    assert distance(adapters[0], policy) == 0.0
+    mesh, step, logprobs = compiled(shallow, CFG)
+    second = scored_batches(rollout, CFG, mesh)
+    second = add_logprobs(logprobs, weights, second, policy, reference, CFG)[1]
+    alone, _ = step(init_state(SGD, copy(policy)), weights, second)
+    assert distance(adapters[1], alone.lora) == 0.0 < distance(alone.lora, policy)
+
+
+# ---- by flag ------------------------------------------------------------------------------------
+
+RLOO = dataclasses.replace(
+    CFG, objective="rloo", baseline="leave_one_out", advantage_scale="none", kl="k1",
+    kl_in="reward", mini_batch=P, micro_batch=2 * G,
+)  # fmt: skip
+
+
+def test_rloo_with_its_kl_in_the_reward_is_reinforce_written_out(
+    shallow, weights, rollout, policy, reference
+):
+    """sum_i -A_i log pi(o_i) / B, A_i against the other rewards less beta times their KL."""
+    mesh, step, logprobs = compiled(shallow, RLOO)
+    samples = Samples(
+        rollout.tokens_BT, rollout.mask_BT, rollout.logp_BT, rollout.start_B, rollout.stopped_B,
+        rollout.useful_B,
+    )  # fmt: skip
+    batches = mini_batches(samples, RLOO, mesh)
+    batches = add_logprobs(logprobs, weights, batches, policy, reference, RLOO)
+    batches = add_advantages(batches, rollout.reward_PG, rollout.valid_PG, RLOO, mesh)
+    places = (rollout.tokens_BT, rollout.start_B)
+    ref_BT = logprobs_of(weights, shallow, *places, reference, RLOO.temperature)
+    penalty_B = reference_kl_penalty(rollout.logp_BT, ref_BT, rollout.mask_BT, "k1")
+    reward_PG = rollout.reward_PG - RLOO.beta * penalty_B.reshape(P, G)
+    twin_PG = reference_advantages(reward_PG, rollout.valid_PG, "none", 1e-4, "leave_one_out")
+    ours_B = np.asarray(batches[0]["advantage_B"]).reshape(-1)
+    np.testing.assert_allclose(ours_B, twin_PG.reshape(-1), rtol=1e-4, atol=1e-4)
+    # KL gives a group whose rewards are equal something to learn
+    assert np.abs(twin_PG[2]).min() > 1e-3
+
+    def loss(lora):
+        logp_BT = token_logprobs(weights, shallow, *places, lora, RLOO.temperature)
+        logp_B = jnp.where(rollout.mask_BT, logp_BT, 0.0).sum(axis=1)
+        return -(ours_B * logp_B).mean()
+
+    gradient = jax.jit(jax.grad(loss))(policy)
+    expected = jax.tree.map(lambda x, g: x - g, policy, gradient)  # descent, rate 1
+    state, metrics = step(init_state(SGD, copy(policy)), weights, batches[0])
+    size = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient))
+    assert size > 0.05 and distance(state.lora, expected) < 5e-5 * max(size, 1.0)
+    assert float(metrics["kl"]) > 0.0  # measured, though not in the loss
+
+
+@pytest.mark.parametrize(
+    ("changes", "needed"),
+    [
+        ({}, False),
+        (dict(mini_batch=2), True),  # the second update is off-policy
+        (dict(num_iterations=2), True),
+        (dict(dynamic_sampling=True), True),  # a row may wait for a later update
+        (dict(beta=0.1), False),
+        (dict(beta=0.1, kl_in="reward", kl="k1"), True),
+    ],
+)
+def test_when_the_log_probs_of_the_rollout_are_needed(changes, needed):
+    assert needs_old(dataclasses.replace(ALONE, **changes)) is needed
 
 
 # ---- one update a rollout, without KL -----------------------------------------------------------
@@ -297,7 +376,7 @@ def test_without_beta_and_with_one_update_no_logprobs_are_computed(rollout, poli
     batches = scored_batches(rollout, ALONE, mesh)
     assert len(batches) == 1
     # No function and no parameters to compute them with: nothing may be called.
-    same = add_logprobs(None, None, batches, policy, None, ALONE.beta)
+    same = add_logprobs(None, None, batches, policy, None, ALONE)
     assert same is batches and set(same[0]) == {
         "tokens_BT", "start_B", "logp_sampler_BT", "advantage_B", "weight_BT"
     }  # fmt: skip

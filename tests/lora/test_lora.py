@@ -11,7 +11,8 @@ from gemma_cot.axes import shape_of
 from gemma_cot.lora import TARGETS, Lora, init_lora, merge
 from gemma_cot.lora.lora import lora_letters
 from gemma_cot.model.gemma import logits
-from gemma_cot.model.layers import linear, lora_einsums
+from gemma_cot.model.kernels.gradients import lora_axes
+from gemma_cot.model.layers import linear
 
 RANK, ALPHA = 4, 10.0
 BT = {"B": 2, "T": 9}  # 9 > window 5
@@ -65,11 +66,8 @@ def test_letters_of_every_target():
 @pytest.mark.parametrize("target", TARGETS)
 def test_letters_are_those_that_the_forward_pass_contracts(target):
     """The pair that init makes is the pair that `layers.linear` multiplies by."""
-    down, up = lora_einsums(EINSUMS[target])
-    a, b = (letters.removeprefix("L") for letters in lora_letters(target))
-    assert down.split("->")[0].split(",")[1] == a
-    assert up.split("->")[0].split(",")[1] == b
-    assert up.split("->")[1] == EINSUMS[target].split("->")[1]
+    _, _, _, summed, kept = lora_axes(EINSUMS[target])
+    assert lora_letters(target) == (f"L{summed}R", f"LR{kept}")
 
 
 # ---- init ---------------------------------------------------------------------------------------

@@ -1,20 +1,21 @@
 """The parts of a layer: masks as pictures, norms, rotations and attention against their twins."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import reference_gelu, reference_norm, reference_rope, reference_softmax
 
+from gemma_cot.model import layers
+from gemma_cot.model.kernels.gradients import MASKED, lora_axes, lora_product, softmax
 from gemma_cot.model.layers import (
     apply_rope,
     attention,
     causal_mask,
     linear,
-    lora_einsums,
     mlp,
     rms_norm,
     rope_angles,
-    softmax,
 )
 
 # float32 against float64 on values near 1 and sums of at most 28 terms.
@@ -162,17 +163,40 @@ def test_rope_scores_depend_on_distance_only(cfg):
 
 
 @pytest.mark.parametrize(
-    ("einsum", "down", "up"),
+    ("einsum", "axes"),
     [
-        ("BTD,DNH->BTNH", "BTD,DR->BTR", "BTR,RNH->BTNH"),  # q
-        ("BTD,DKH->BTKH", "BTD,DR->BTR", "BTR,RKH->BTKH"),  # k, v
-        ("BTNH,NHD->BTD", "BTNH,NHR->BTR", "BTR,RD->BTD"),  # o
-        ("BTD,DF->BTF", "BTD,DR->BTR", "BTR,RF->BTF"),  # gate, up
-        ("BTF,FD->BTD", "BTF,FR->BTR", "BTR,RD->BTD"),  # down
+        ("BTD,DNH->BTNH", ("BTD", "BTR", "BTNH", "D", "NH")),  # q
+        ("BTD,DKH->BTKH", ("BTD", "BTR", "BTKH", "D", "KH")),  # k, v
+        ("BTNH,NHD->BTD", ("BTNH", "BTR", "BTD", "NH", "D")),  # o
+        ("BTD,DF->BTF", ("BTD", "BTR", "BTF", "D", "F")),  # gate, up
+        ("BTF,FD->BTD", ("BTF", "BTR", "BTD", "F", "D")),  # down
     ],
 )
-def test_lora_einsums_split_through_the_rank(einsum, down, up):
-    assert lora_einsums(einsum) == (down, up)
+def test_lora_axes_split_through_the_rank(einsum, axes):
+    assert lora_axes(einsum) == axes
+
+
+@pytest.mark.parametrize(
+    ("einsum", "x", "a", "b", "plain"),
+    [
+        ("BTD,DNH->BTNH", (2, 3, 4), (4, 2), (2, 5, 6), "BTD,DR,RNH->BTNH"),
+        ("BTNH,NHD->BTD", (2, 3, 5, 6), (5, 6, 2), (2, 4), "BTNH,NHR,RD->BTD"),
+    ],
+)
+def test_lora_product_has_the_gradient_of_the_plain_product(einsum, x, a, b, plain):
+    x, a, b = (jnp.asarray(normal(seed, *shape)) for seed, shape in enumerate((x, a, b)))
+    weight = jnp.asarray(normal(3, *jnp.einsum(plain, x, a, b).shape))
+
+    def ours(*factors):
+        return (weight * lora_product(einsum, *factors)).sum()
+
+    def theirs(*factors):
+        return (weight * jnp.einsum(plain, *factors)).sum()
+
+    for got, want in zip(
+        *(jax.value_and_grad(f, (0, 1, 2))(x, a, b) for f in (ours, theirs)), strict=True
+    ):
+        jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), got, want)
 
 
 def test_linear_adds_the_scaled_low_rank_product():
@@ -217,6 +241,32 @@ def test_attention_equals_the_twin():
     mask[..., 0] = True
     got = attention(*(jnp.asarray(x) for x in (q, k, v, mask)))
     np.testing.assert_allclose(got, twin_attention(q, k, v, mask), atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 3, 64])
+@pytest.mark.parametrize("T", [7, 4])
+def test_attention_by_blocks_has_the_value_and_gradient_of_plain_attention(monkeypatch, block, T):
+    """7 keys, the queries the last T of their columns; 2 query heads to each of 2 key heads."""
+    monkeypatch.setattr(layers, "QUERY_BLOCK", block)
+    q, k, v = normal(1, 2, T, 4, 5), normal(2, 2, 7, 2, 5), normal(3, 2, 7, 2, 5)
+    q, k, v = map(jnp.asarray, (q, k, v))
+    weight = jnp.asarray(normal(4, 2, T, 4, 5))
+    mask_BTS = causal_mask(jnp.array([0, 2]), 7, 3)[0, :, 7 - T :]
+
+    def plain(q_BTNH, k_BSKH, v_BSKH):
+        k_BSNH, v_BSNH = (jnp.repeat(x, 2, axis=2) for x in (k_BSKH, v_BSKH))
+        scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH)
+        w_BNTS = jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BNTS, MASKED), axis=-1)
+        return (weight * jnp.einsum("BNTS,BSNH->BTNH", w_BNTS, v_BSNH))[:, -3:].sum()
+
+    def ours(q_BTNH, k_BSKH, v_BSKH):  # queries that see nothing (padding) are in no contract
+        return (weight * attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS))[:, -3:].sum()
+
+    got, want = (jax.value_and_grad(f, (0, 1, 2))(q, k, v) for f in (ours, plain))
+    assert got[0] == pytest.approx(float(want[0]), abs=1e-5)
+    for g, w in zip(got[1], want[1], strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-5)
+    assert np.abs(want[1][1]).max() > 0.1
 
 
 def test_attention_to_nothing_is_the_plain_mean():

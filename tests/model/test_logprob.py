@@ -104,8 +104,8 @@ def test_chunk_and_remat_change_neither_value_nor_gradient(cfg, params, tokens_B
 
         return jax.value_and_grad(loss)(table_VD)
 
-    value, slope_VD = value_and_gradient(params["embed"], 1024, False)
-    got_value, got_slope_VD = value_and_gradient(params["embed"], 7, True)
+    value, slope_VD = value_and_gradient(params["embed"], 1024, "none")
+    got_value, got_slope_VD = value_and_gradient(params["embed"], 7, "all")
     assert got_value == pytest.approx(float(value), abs=1e-4)  # a sum of 20 terms of about 4
     assert np.abs(slope_VD).max() > 0.1
     # Gradients of a few units, float32 sums of 20 terms in another order.
@@ -133,7 +133,7 @@ def test_sure_model_has_zero_entropy():
     np.testing.assert_array_equal(entropy_C, [0.0, 0.0])
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["none", "products", "all"])
 def test_a_prompt_run_once_for_its_group_changes_neither_value_nor_gradient(
     cfg, params, lora, remat
 ):

@@ -10,7 +10,7 @@ from gemma_cot.plan.programs import Setup
 SMALL = dict(
     num_generations=2, prompts_per_rollout=8, mini_batch=4, micro_batch=1, max_prompt_tokens=16,
     max_completion_tokens=7, lora_rank=2, sft_batch=8, sft_micro_batches=2, eval_batch=4,
-    remat=True,
+    remat="all",
 )  # fmt: skip
 
 

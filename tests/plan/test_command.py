@@ -70,7 +70,7 @@ def test_shapes_by_name_and_by_preset():
     define_plan_flags(values)
     values(["plan", "--preset=gemma3_1b_v5e8", "--topology=local", "--mesh=4x1"])
     setup, chip, memory = set_up(values)
-    assert setup.model_cfg.embed_dim == 1152 and setup.cfg.remat and chip is None
+    assert setup.model_cfg.embed_dim == 1152 and setup.cfg.remat == "all" and chip is None
     assert memory == float("inf") and setup.eval_rows == 1000
 
 

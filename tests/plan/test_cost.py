@@ -23,7 +23,7 @@ WIDE = ModelConfig(
 
 
 @pytest.mark.parametrize("micro_batch", [8, 1], ids=["prompt shared", "prompt in each row"])
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["none", "products", "all"])
 @pytest.mark.parametrize("name", ["prefill", "reference_logprobs", "update", "sft"])
 def test_flops_are_those_that_xla_counts_without_loops(make_setup, name, remat, micro_batch):
     setup = make_setup(
@@ -38,8 +38,8 @@ def test_flops_are_those_that_xla_counts_without_loops(make_setup, name, remat, 
     ours = sum(phase.flops for phase in phases_of(setup, name))
     if name in ("reference_logprobs", "update"):
         ours /= setup.micro_batches  # a loop, whose body XLA counts once
-    # XLA adds what norms, softmax and activations do, about 1 % here
-    np.testing.assert_allclose(ours, counted, rtol=0.02)
+    # XLA adds what norms, softmax and activations do, about 2 % here
+    np.testing.assert_allclose(ours, counted, rtol=0.03)
 
 
 def test_flops_of_a_decode_step_are_those_that_xla_counts(make_setup):
@@ -84,7 +84,10 @@ def test_rows_that_share_a_prompt_run_it_once():
     # 2 groups of 4 rows, 3 prompt columns, 5 of completion
     alone, shared = Rows(8, 3, 5), Rows(8, 3, 5, group=4)
     assert alone.tokens == 8 * 8 and shared.tokens == 2 * 3 + 8 * 5
-    assert alone.pairs == 8 * 8 * 8 and shared.pairs == 2 * 3 * 3 + 8 * 5 * 8
+    assert alone.pairs(8) == 8 * 8 * 8 and shared.pairs(8) == 2 * 3 * 3 + 8 * 5 * 8
+    # blocks of 4 queries: columns 0-3 see 4, 4-7 see 8; completions 3-6 see 7, 7 sees 8
+    assert alone.pairs(4) == 8 * 4 * (4 + 8)
+    assert shared.pairs(4) == 2 * 3 * 3 + 8 * (4 * 7 + 1 * 8)
 
 
 def test_passes_over_weights_adapter_and_attention():
@@ -93,7 +96,7 @@ def test_passes_over_weights_adapter_and_attention():
     assert body.flops == 2 * 16 * ONE_B.layer_weights
     assert body.hbm == 2 * ONE_B.layer_weights + 26 * 2 * 16 * 1152 * 2 and body.ici == 0
     assert cost.layers(ONE_B, batch, 0, 1, 0).flops == 2 * 16 * ONE_B.adapter
-    assert cost.layers(ONE_B, batch, 0, 0, 1).flops == 2 * 64 * ONE_B.pair
+    assert cost.layers(ONE_B, batch, 0, 0, 1).flops == ONE_B.pair
     two = Share(GEMMA3_1B, 32, 4, 2, 2)
     assert cost.layers(two, batch, 1, 0, 0).ici == 2 * 26 * 16 * 1152 * 2  # all-reduce of 2: 2 / 2
 

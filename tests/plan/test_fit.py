@@ -18,7 +18,7 @@ GIB = 2**30
         ("prefill", {}, "set --prompts_per_rollout=4 or less"),
         ("decode", {"prompts_per_rollout": 4}, "--mesh: decode .* with mesh 4x1; set --mesh=2x2"),
         ("evaluate", {"eval_batch": 16}, "--eval_batch: evaluate .* set --eval_batch=8 or less"),
-        ("update", {"remat": False}, "--remat: update .* with remat False; set --remat"),
+        ("update", {"remat": "none"}, "--remat: update .* with remat none; set --remat=all"),
         ("update", {"mini_batch": 8, "micro_batch": 4}, "set --micro_batch=2"),
         ("reference_logprobs", {"mini_batch": 8, "micro_batch": 4}, "set --micro_batch=2"),
         ("update", {}, "--mesh: update .* set --mesh=2x2"),

@@ -7,7 +7,7 @@ those of the tile, not of the whole array.
 import jax
 import jax.numpy as jnp
 
-from gemma_cot.model.layers import MASKED
+from gemma_cot.model.kernels.gradients import MASKED
 
 
 def interpreted(interpret: bool | None) -> bool:

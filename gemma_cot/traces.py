@@ -1,0 +1,201 @@
+"""What one GRPO update saw, token by token: RUN/traces/STEP.json.gz, every --trace_every steps.
+
+A trace holds the update's groups: prompt, completions with scores, reward and advantage, and for
+every completion token the log-prob of sampler, old policy, policy and reference, ratio, KL (k3),
+entropy, loss weight, and whether it was clipped. All come from the trainer's own functions, with
+the parameters before the update. Called by train; read by report and replay. Changes no number of
+the run.
+"""
+
+import gzip
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_cot import hosts
+from gemma_cot.config import TrainConfig
+from gemma_cot.grpo.loss import OBJECTIVES, kl_penalty, kl_per_token
+from gemma_cot.grpo.rollout import Rollout
+from gemma_cot.run import Run
+from gemma_cot.tokenizer import Tokenizer, decode
+
+SUFFIX = ".json.gz"
+DECIMALS = 6  # of stored numbers; float32 log-probs hold no more
+PER_TOKEN = (
+    "logp_sampler", "logp_old", "logp", "logp_ref", "ratio", "kl", "entropy", "weight", "clipped"
+)  # fmt: skip
+
+
+def is_traced(cfg: TrainConfig, step: int) -> bool:
+    """Return whether GRPO step `step` (from 1) is traced: the first, every N-th, the last."""
+    ends = step in (1, cfg.grpo_steps)
+    return cfg.trace_every > 0 and (ends or step % cfg.trace_every == 0)
+
+
+def save_trace(
+    run: Run, step: int, batch: dict, seen: tuple[jax.Array, jax.Array], rollouts: Iterable[Rollout]
+) -> None:
+    """Write the trace of an update. All processes must call it; process 0 writes.
+
+    batch: what the update is given, [M, rows, T]; seen: (logp, entropy) of its tokens under the
+    policy before it; rollouts: those that its groups may come from.
+    """
+    arrays = hosts.fetch(batch | {"logp_BT": seen[0], "entropy_BT": seen[1]})
+    trace = trace_of(run, step, arrays, rollouts)  # computes on the mesh: all must
+    if hosts.is_writer():
+        write_trace(run.out, trace)
+
+
+def trace_of(run: Run, step: int, arrays: dict, rollouts: Iterable[Rollout]) -> dict:
+    """Return the trace of an update as JSON values; arrays: as `save_trace` has them, on the host.
+
+    A group that is of none of the rollouts was kept in the reserve while the run was stopped: its
+    scores are not known any more.
+    """
+    T, G, width = arrays["tokens_BT"].shape[-1], run.cfg.num_generations, run.width
+    flat = {  # "logp_BT" [M, rows, T] -> "logp" [B, T]; "advantage_B" -> one column
+        name.rsplit("_", 1)[0]: np.asarray(value).reshape(-1, T if name.endswith("T") else 1)
+        for name, value in arrays.items()
+    }
+    flat |= jax.device_get(_derived(flat, run.cfg))
+    known = {
+        rollout.tokens_BT[p * G : p * G + G].tobytes(): (rollout, p)
+        for rollout in rollouts
+        for p in range(len(rollout.rows))
+    }
+    groups = []
+    for first in range(0, len(flat["tokens"]), G):
+        own = {name: value[first : first + G] for name, value in flat.items()}
+        ids = own["tokens"][0, int(own["start"][0, 0]) : width].tolist()
+        rollout, p = known.get(own["tokens"].tobytes(), (None, 0))
+        row = rollout.rows[p] if rollout else next(r for r in run.train if r.prompt_ids == ids)
+        own["mask"] = rollout.mask_BT[p * G : p * G + G] if rollout else own["weight"] > 0
+        groups.append(
+            {
+                "row": row.example.id,
+                "sampled_in": rollout.number if rollout else None,
+                "domain": row.example.domain,
+                "prompt": row.example.prompt,
+                "metadata": row.example.metadata,
+                "prompt_ids": ids,
+                "prompt_pieces": _pieces(run.tokenizer, ids),
+                "completions": [
+                    _completion({name: value[g] for name, value in own.items()}, run.tokenizer)
+                    | _scores(rollout, p, g)
+                    for g in range(G)
+                ],
+            }
+        )
+    return {"step": step, "groups": groups}
+
+
+def _derived(flat: dict[str, np.ndarray], cfg: TrainConfig) -> dict[str, jax.Array]:
+    """Return what the loss makes of log-probs: ratio, clipped, and with a reference kl [B, T], and
+    kl_penalty [B, 1] where the KL is in the reward."""
+    logp_BT, in_loss_BT = jnp.asarray(flat["logp"]), jnp.asarray(flat["weight"] > 0)
+    old_BT = jnp.asarray(flat.get("logp_old", flat["logp"]))
+    log_ratio_BT = jnp.where(in_loss_BT, logp_BT - old_BT, 0.0)
+    n_B1 = jnp.maximum(in_loss_BT.sum(axis=1, keepdims=True).astype(jnp.float32), 1.0)
+    advantage_B1 = jnp.asarray(flat["advantage"])
+    _, ratio_BT, clipped_BT = OBJECTIVES[cfg.objective](
+        log_ratio_BT, logp_BT, n_B1, advantage_B1, cfg.epsilon, cfg.epsilon_high
+    )
+    derived = {"ratio": ratio_BT, "clipped": clipped_BT & in_loss_BT}
+    if "logp_ref" in flat:
+        ref_BT = jnp.asarray(flat["logp_ref"])
+        d_BT = jnp.where(in_loss_BT, ref_BT - logp_BT, 0.0)
+        derived["kl"] = kl_per_token(d_BT, ratio_BT, "k3")
+        if cfg.kl_in == "reward":
+            penalty_B = cfg.beta * kl_penalty(old_BT, ref_BT, in_loss_BT, cfg.kl)
+            derived["kl_penalty"] = penalty_B[:, None]
+    return derived
+
+
+def _pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    return [tokenizer.processor.id_to_piece(i) for i in ids]
+
+
+def _completion(update: dict[str, np.ndarray], tokenizer: Tokenizer) -> dict:
+    """Return a completion: text, advantage, and per token what PER_TOKEN names.
+
+    update: its row of what the update is given.
+    """
+    mask_T = update["mask"]
+    ids = update["tokens"][mask_T].tolist()
+    stopped = ids[-1] in tokenizer.stop_ids
+    return {
+        "text": decode(tokenizer, ids[:-1] if stopped else ids),
+        "stopped": stopped,
+        "advantage": _rounded(update["advantage"][0]),
+        "kl_penalty": _rounded(update["kl_penalty"][0]) if "kl_penalty" in update else None,
+        "ids": ids,
+        "pieces": _pieces(tokenizer, ids),
+    } | {
+        name: [_rounded(value) for value in update[name][mask_T]]
+        for name in PER_TOKEN
+        if name in update
+    }
+
+
+def _scores(rollout: Rollout | None, p: int, g: int) -> dict:
+    """Return how completion g of group p was scored."""
+    if rollout is None:
+        return {"scores": {}, "reward": None, "valid": False}
+    b = p * rollout.reward_PG.shape[1] + g
+    return {
+        "scores": {name: _rounded(values[b]) for name, values in rollout.scores.items()},
+        "reward": _rounded(rollout.reward_PG[p, g]),
+        "valid": bool(rollout.valid_PG[p, g]),
+    }
+
+
+def _rounded(value) -> float | None:
+    """Return a float of DECIMALS decimals; None for None and for what is not finite."""
+    if value is None or not math.isfinite(value):
+        return None
+    return round(float(value), DECIMALS)
+
+
+def write_trace(run: str | Path, trace: dict) -> None:
+    """Write a trace into the run's folder; the file appears by one rename, whole."""
+    path = trace_path(run, trace["step"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".tmp")
+    text = json.dumps(trace, ensure_ascii=False, allow_nan=False)
+    fresh.write_bytes(gzip.compress(text.encode(), mtime=0))  # the same bytes every time
+    os.replace(fresh, path)
+
+
+def trace_path(run: str | Path, step: int) -> Path:
+    """Return where the trace of a step is."""
+    return Path(run) / "traces" / f"{step}{SUFFIX}"
+
+
+def traced_steps(run: str | Path) -> list[int]:
+    """Return the GRPO steps that left a trace, in order."""
+    names = (path.name.removesuffix(SUFFIX) for path in Path(run).glob(f"traces/*{SUFFIX}"))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def read_trace(run: str | Path, step: int) -> dict:
+    """Read the trace of a step. Raises ValueError, one line, for none or a broken one."""
+    path = trace_path(run, step)
+    try:
+        return json.loads(gzip.decompress(path.read_bytes()))
+    except FileNotFoundError:
+        steps = traced_steps(run)
+        near = min(steps, key=lambda other: abs(other - step), default=None)
+        raise ValueError(
+            f"step {step}: must be one of the {len(steps)} traced GRPO steps of {run}"
+            f"{f' ({steps[0]} to {steps[-1]})' if steps else ''}, got no {path.name}; "
+            + (f"take {near}, or run with a lower --trace_every" if steps else
+               "run with --trace_every above 0")
+        ) from None
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path}: must be a trace, got {error}; delete the file") from None

@@ -1,0 +1,171 @@
+"""GRPO with dynamic sampling on the embedded model: nothing compiles after the first updates, a
+stopped run goes on to the same numbers, an update that is not finite is left out and kept."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gemma_cot.config import PRESETS, TrainConfig
+from gemma_cot.grpo.reward import RewardError
+from gemma_cot.metrics import MetricsWriter, read_metrics
+from gemma_cot.run import open_run, prepare
+from gemma_cot.train import train_grpo
+from gemma_cot.turn import first_adapter
+
+BLOWN = 4  # the rollout, from 0, in which a reward is beyond float32
+
+USER_REWARD = f"""
+from pathlib import Path
+
+compiled, seen, fail_at, metrics = [], [], None, None
+
+def odd(prompts, completions, **columns):
+    number = len(seen)
+    lines = Path(metrics).read_text().count(chr(10)) if Path(metrics).exists() else 0
+    seen.append((len(compiled), lines))
+    if number == fail_at:
+        raise RuntimeError("reward broke on purpose")
+    scores = [float(len(text) % 2) for text in completions]
+    return [1e39] + scores[1:] if number == {BLOWN} else scores
+"""
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory):
+    """The module of a reward that differs within about half of all groups; it notes, at every
+    rollout, how much has been compiled and logged by then."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "odd_reward.py").write_text(USER_REWARD)
+    sys.path.insert(0, str(folder))
+    import odd_reward
+
+    def listen(event: str, seconds: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            odd_reward.compiled.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield odd_reward
+    jax.monitoring.unregister_event_duration_listener(listen)
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory, user) -> TrainConfig:
+    """Eight updates of four groups of 4 from rollouts of four, each saved."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = [
+        {
+            "domain": "math",
+            "prompt": f"{a} + {a}",
+            "chosen": f"<reasoning>{a} + {a} = {2 * a}</reasoning><answer>{2 * a}</answer>",
+            "metadata": {"checkpoints": [f"{a} + {a} = {2 * a}"], "final_answer": str(2 * a)},
+        }
+        for a in range(2, 14)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return TrainConfig(
+        **PRESETS["tiny"]
+        | dict(
+            train_data=str(folder / "rows.jsonl"), eval_data=str(folder / "rows.jsonl"),
+            output_dir=str(tmp_path_factory.mktemp("out") / "whole"), max_completion_tokens=40,
+            lora_rank=4, sft_steps=0, grpo_steps=8, num_generations=4, prompts_per_rollout=4,
+            mini_batch=4, micro_batch=2, checkpoint_every=1, sample_every=0, trace_every=0,
+            dynamic_sampling=True, reward=("odd_reward:odd=1",),
+        )
+    )  # fmt: skip
+
+
+def train(cfg: TrainConfig, user) -> dict:
+    """Run GRPO alone; return the adapter's arrays by name."""
+    user.metrics = f"{cfg.output_dir}/metrics.jsonl"
+    run = prepare(cfg)
+    open_run(run)
+    try:
+        with jax.set_mesh(run.mesh), MetricsWriter(run.out) as writer:
+            lora, _ = train_grpo(run, writer, first_adapter(run), None)
+    finally:
+        run.settle()
+    flat = jax.tree_util.tree_leaves_with_path(jax.device_get(lora))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in flat}
+
+
+def numbers(cfg: TrainConfig) -> list[dict]:
+    """Return the rows of metrics.jsonl without what differs from run to run."""
+    timed = ("tokens_per_second", "seconds_", "memory_gib")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)}
+            for row in read_metrics(f"{cfg.output_dir}/metrics.jsonl")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(cfg, user) -> tuple[dict, list[dict], list[tuple]]:
+    """(adapter, metrics, what the reward saw) of a run that was never interrupted."""
+    user.seen.clear()
+    adapter = train(cfg, user)
+    return adapter, numbers(cfg), list(user.seen)
+
+
+def test_nothing_is_compiled_after_the_first_updates(whole):
+    """Not a program and not a single operation, whatever the number of rollouts and groups."""
+    _, rows, seen = whole
+    turns = sorted({lines for _, lines in seen if lines})
+    settled = [compiled for compiled, lines in seen if lines >= turns[1]]
+    assert len(settled) >= 4 and set(settled) == {settled[0]}
+    assert len({row["rollouts"] for row in rows}) > 1
+    assert len({row["reserve_groups"] for row in rows}) > 1
+
+
+def test_metrics_of_dynamic_sampling(whole):
+    _, rows, seen = whole
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert all(0 <= row["wasted_tokens"] < 1 and row["filled_groups"] == 0 for row in rows)
+    for row in rows:
+        assert (row["wasted_tokens"] == 0) == (row["signal_share"] == 1)
+        assert row["logp_drift_max"] < 1e-4  # pi_old is that of the policy that sampled, float32
+    # A group that waited for an update was sampled by an earlier policy: ratios are not 1 there.
+    waited = [b for a, b in zip(rows, rows[1:], strict=False) if a["reserve_groups"]
+              and not a["skipped"]]  # fmt: skip
+    assert waited and all(abs(row["ratio_max"] - 1) > 1e-4 for row in waited)
+
+
+def test_an_update_that_is_not_finite_is_skipped_told_and_kept(whole, cfg, user, capsys):
+    _, rows, seen = whole
+    skipped = [row["step"] for row in rows if row["skipped"]]
+    assert len(skipped) == 1 and rows[skipped[0] - 1]["loss"] is None
+    path = Path(cfg.output_dir) / "bad" / f"grpo-{skipped[0]}.npz"
+    with np.load(path) as kept:
+        assert np.isnan(kept["advantage_B"]).any() and not np.isnan(kept["logp_old_BT"]).any()
+    assert [row["loss"] is None for row in rows].count(True) == 1  # the others go on
+    strict = dataclasses.replace(
+        cfg, output_dir=cfg.output_dir.replace("whole", "strict"), max_skipped=0
+    )
+    user.seen.clear()
+    with pytest.raises(ValueError, match="--max_skipped: at most 0 updates in a row .* got 1; .*"
+                                         f"bad/grpo-{skipped[0]}.npz"):  # fmt: skip
+        train(strict, user)
+    assert f"ALARM: grpo step {skipped[0]}: loss or gradient" in capsys.readouterr().out
+
+
+def test_a_stopped_run_goes_on_to_the_same_numbers(whole, cfg, user):
+    adapter, rows, seen = whole
+    # Stop at the second rollout of a turn, with groups that wait in the checkpoint before it.
+    stop = next(
+        n for n in range(len(seen) - 1, BLOWN + 1, -1)
+        if seen[n][1] == seen[n - 1][1] and rows[seen[n][1] - 1]["reserve_groups"]
+    )  # fmt: skip
+    cfg = dataclasses.replace(cfg, output_dir=cfg.output_dir.replace("whole", "broken"))
+    user.seen.clear()
+    user.fail_at = stop
+    with pytest.raises(RewardError, match="reward broke on purpose"):
+        train(cfg, user)
+    user.fail_at = None
+    assert len(numbers(cfg)) == seen[stop][1] < 8
+    again = train(dataclasses.replace(cfg, resume=True), user)
+    assert numbers(cfg) == rows
+    assert adapter.keys() == again.keys()
+    for name, value in adapter.items():
+        np.testing.assert_array_equal(value, again[name])
