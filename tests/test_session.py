@@ -105,8 +105,11 @@ LOOP = """
 import sys, time
 from gemma_cot.session import Session
 with Session().listening() as session:
-    print("ready", flush=True)
+    begun = False
     while not session.stops():
+        if not begun:
+            print("ready", flush=True)
+        begun = True
         time.sleep(float(sys.argv[1]))
 print("saved", session.asked, flush=True)
 """
