@@ -20,7 +20,7 @@ from pathlib import Path
 METRICS = {
     "loss": "What is minimised: SFT mean nats a token; GRPO 0 + beta * KL on-policy, not CISPO.",
     "grad_norm": "Euclidean norm of the whole gradient, before clipping.",
-    "skipped": "Whether the update was left out (1), as loss or gradient was not finite, or not (0).",
+    "skipped": "Whether loss or gradient was not finite and the update left out: 1, else 0.",
     "learning_rate": "Learning rate of this update.",
     "tokens": "Completion tokens that carried loss in this step, over all devices.",
     "reward": "Mean over completions of the weighted sum of all reward parts.",
