@@ -75,8 +75,8 @@ MUTANTS = (
     Mutant(
         "window off by one in decoding",
         "model/cache.py",
-        "step - tail_S < window",
-        "step - tail_S <= window",
+        "age_S < window",
+        "age_S <= window",
         "tests/model/test_cache.py",
     ),
     Mutant(
@@ -89,8 +89,8 @@ MUTANTS = (
     Mutant(
         "stop token out of the mask",
         "model/sample.py",
-        "mask = mask.at[:, step].set(~done_B)",
-        "mask = mask.at[:, step].set(~done_B & ~jnp.isin(token_B, jnp.asarray(stop_ids)))",
+        "[None, :] < length_B[:, None]",
+        "[None, :] < length_B[:, None] - 1",
         "tests/model/test_sample.py",
     ),
     Mutant(
@@ -110,15 +110,29 @@ MUTANTS = (
     Mutant(
         "LoRA scale missing",
         "model/layers.py",
-        "return y + scale * jnp",
-        "return y + jnp",
+        "y = y + scale * lora",
+        "y = y + lora",
         "tests/lora",
+    ),
+    Mutant(
+        "softmax's gradient without its mean",
+        "model/kernels/gradients.py",
+        "d_weight_BKQTS - mean_BKQT1",
+        "d_weight_BKQTS",
+        "tests/model/test_layers.py",
+    ),
+    Mutant(
+        "last key of a block of queries not seen",
+        "model/layers.py",
+        "min(S, S - T + first + QUERY_BLOCK)",
+        "min(S, S - T + first + QUERY_BLOCK - 1)",
+        "tests/model/test_layers.py",
     ),
     Mutant(
         "mean of micro-batch means",
         "grpo/step.py",
-        "np.asarray(weight_BT),",
-        "np.asarray(weight_BT) / cfg.micro_batch,",
+        "np.asarray(weight_BT)}",
+        "np.asarray(weight_BT) / cfg.micro_batch}",
         "tests/grpo/test_step.py",
     ),
     Mutant(
@@ -216,8 +230,8 @@ MUTANTS = (
     Mutant(
         "decode kernel: oldest key off by one",
         "model/kernels/decode.py",
-        "width + step - (window - 1)",
-        "width + step - window",
+        "width + token_P - (window - 1)",
+        "width + token_P - window",
         "tests/model/kernels/test_kernel_attention.py",
     ),
     Mutant(

@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from mutation_check import MUTANTS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gemma_cot"
@@ -162,3 +163,9 @@ def test_nothing_names_this_workplace_or_leaves_work_for_later():
     for path in [*SOURCES, *TESTS, ROOT / "README.md", ROOT / "pyproject.toml"]:
         text = path.read_text()
         assert not [mark for mark in marks if mark in text], path
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_every_bug_of_the_mutation_check_has_its_place(mutant):
+    assert (PACKAGE / mutant.file).read_text().count(mutant.old) == 1
+    assert mutant.old != mutant.new and (ROOT / mutant.tests).exists()
