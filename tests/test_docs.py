@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "exercises/README.md"]
 
 
-@pytest.mark.parametrize("name", ["grpo_by_hand.md"])
+@pytest.mark.parametrize("name", ["grpo_by_hand.md", "from_a_line_to_a_gradient.md"])
 def test_a_page_prints_what_it_says(name):
     text = (ROOT / "docs" / name).read_text()
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
