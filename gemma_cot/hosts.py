@@ -9,6 +9,7 @@ process everything here does nothing. Knows no model, no data and no flag.
 import json
 import os
 import re
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -38,6 +39,8 @@ def join(coordinator: str = "", num_processes: int = 1, process_id: int = 0) -> 
         where = {}
     else:
         return
+    if where and process_id == 0:
+        _check_port(coordinator)
     late = threading.Timer(WAIT_SECONDS, _give_up, (coordinator, num_processes, process_id))
     late.daemon = True
     late.start()
@@ -67,6 +70,20 @@ def _check_address(coordinator: str, num_processes: int, process_id: int) -> dic
     return dict(
         coordinator_address=coordinator, num_processes=num_processes, process_id=process_id
     )
+
+
+def _check_port(coordinator: str) -> None:
+    """Raise ValueError where process 0 cannot listen; the library would end with a crash."""
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    place = ("", int(coordinator.rpartition(":")[2]))
+    try:
+        socket.create_server(place, family=family, dualstack_ipv6=both).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"--coordinator: process 0 must be able to meet the others at {coordinator}, got "
+            f"{error}; choose another port"
+        ) from None
 
 
 def _on_a_pod() -> bool:
