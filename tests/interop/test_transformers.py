@@ -109,8 +109,10 @@ def test_logits_loss_and_every_gradient(case, make_gemma, their_logits, padded_t
     off = np.abs(np.asarray(ours) - theirs.detach().numpy())[real].max()
     size = np.abs(theirs.detach().numpy())[real].max()
     assert our_grads.keys() == their_grads.keys()
+    # Keys have no gradient where each token sees only itself: rounding, held against the others.
+    least = 1e-3 * max(np.abs(grad).max() for grad in their_grads.values())
     errors = {
-        name: np.abs(our_grads[name] - grad).max() / max(np.abs(grad).max(), 1e-6)
+        name: np.abs(our_grads[name] - grad).max() / max(np.abs(grad).max(), least)
         for name, grad in their_grads.items()
     }
     worst = max(errors, key=errors.get)
