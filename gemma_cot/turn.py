@@ -92,6 +92,8 @@ def scored_rollout(run: Run, logprobs, policy, reference, meanwhile, number: int
     cfg = run.cfg
     chosen = indices_for_step(number, cfg.seed + 1, len(run.train), cfg.prompts_per_rollout)
     rows = [run.train[i] for i in chosen]
+    if jax.default_backend() == "cpu":  # where an update seems to last until its rollout ends
+        meanwhile()
     samples = roll_out(run, policy, rows, number)
     began = meanwhile()
     samples = hosts.fetch(samples)
