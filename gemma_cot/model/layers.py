@@ -78,6 +78,7 @@ def causal_mask(start_B: jax.Array, num_positions: int, window: int) -> jax.Arra
     return jnp.stack([local_BTS, wide_BTS])
 
 
+@jax.named_scope("attention")
 def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array):
     """Return causal grouped-query attention `mix_BTNH`; q already carries the query scale.
 

@@ -17,7 +17,7 @@ from gemma_cot.plan.programs import call_of
 ONE_B = Share(GEMMA3_1B, 32, data=8, model=1, item=2)
 # One layer, so that the layer scan hides no work; wide, so that matrix products dominate.
 WIDE = ModelConfig(
-    num_layers=1, embed_dim=256, num_heads=4, num_kv_heads=2, head_dim=64, mlp_dim=1024,
+    num_layers=1, embed_dim=256, num_heads=4, num_kv_heads=2, head_dim=128, mlp_dim=1024,
     vocab_size=4096, window=512, global_layers=(True,),
 )  # fmt: skip
 
@@ -38,14 +38,14 @@ def test_flops_are_those_that_xla_counts_without_loops(make_setup, name, remat, 
     ours = sum(phase.flops for phase in phases_of(setup, name))
     if name in ("reference_logprobs", "update"):
         ours /= setup.micro_batches  # a loop, whose body XLA counts once
-    # XLA adds what norms, softmax and activations do, about 2 % here
-    np.testing.assert_allclose(ours, counted, rtol=0.03)
+    # XLA adds what norms, softmax and activations do, about 1 % here
+    np.testing.assert_allclose(ours, counted, rtol=0.02)
 
 
 def test_flops_of_a_decode_step_are_those_that_xla_counts(make_setup):
     setup = make_setup(1, 1, WIDE, num_generations=4, prompts_per_rollout=8, max_prompt_tokens=64,
                        max_completion_tokens=48, lora_rank=32)  # fmt: skip
-    kv = jax.ShapeDtypeStruct((1, 8, 64, 2, 64), jnp.float32)
+    kv = jax.ShapeDtypeStruct((1, 8, 64, 2, 128), jnp.float32)
     start_P = jax.ShapeDtypeStruct((8,), jnp.int32)
     cache = jax.eval_shape(lambda kv, start_P: new_cache(kv, start_P, 32, 48), (kv, kv), start_P)
     token_B, clock = jax.ShapeDtypeStruct((32,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)

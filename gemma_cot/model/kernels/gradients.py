@@ -42,19 +42,17 @@ def _block_attention_forward(q_BKQTH, k_BKSH, v_BKSH, mask_BTS):
     weight_BKQTS = attention_weights(q_BKQTH, k_BKSH, mask_BTS).astype(v_BKSH.dtype)
     mix_BKQTH = jnp.einsum("BKQTS,BKSH->BKQTH", weight_BKQTS, v_BKSH)
     mix_BKQTH = checkpoint_name(mix_BKQTH, PRODUCT)
-    return mix_BKQTH, (q_BKQTH, k_BKSH, v_BKSH, mask_BTS, mix_BKQTH)
+    return mix_BKQTH, (q_BKQTH, k_BKSH, v_BKSH, mask_BTS)
 
 
 def _block_attention_backward(kept, d_mix_BKQTH):
-    q_BKQTH, k_BKSH, v_BKSH, mask_BTS, mix_BKQTH = kept
+    q_BKQTH, k_BKSH, v_BKSH, mask_BTS = kept
     weight_BKQTS = attention_weights(q_BKQTH, k_BKSH, mask_BTS)
     d_v_BKHS = jnp.einsum("BKQTH,BKQTS->BKHS", d_mix_BKQTH, weight_BKQTS.astype(v_BKSH.dtype))
     d_weight_BKQTS = jnp.einsum(
         "BKQTH,BKSH->BKQTS", d_mix_BKQTH, v_BKSH, preferred_element_type=jnp.float32
     )
-    mean_BKQT1 = jnp.einsum(
-        "BKQTH,BKQTH->BKQT", mix_BKQTH, d_mix_BKQTH, preferred_element_type=jnp.float32
-    )[..., None]
+    mean_BKQT1 = (weight_BKQTS * d_weight_BKQTS).sum(-1, keepdims=True)
     d_scores_BKQTS = (weight_BKQTS * (d_weight_BKQTS - mean_BKQT1)).astype(k_BKSH.dtype)
     d_q_BKQTH = jnp.einsum("BKQTS,BKSH->BKQTH", d_scores_BKQTS, k_BKSH)
     d_k_BKHS = jnp.einsum("BKQTH,BKQTS->BKHS", q_BKQTH, d_scores_BKQTS)
@@ -62,9 +60,6 @@ def _block_attention_backward(kept, d_mix_BKQTH):
 
 
 block_attention.defvjp(_block_attention_forward, _block_attention_backward)
-
-
-@jax.named_scope("attention")
 
 
 @cache
