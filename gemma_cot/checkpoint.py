@@ -179,19 +179,27 @@ def best_step(directory: str | Path, metric: str) -> int | None:
     return max(values, key=lambda step: (values[step], step), default=None)
 
 
-def prune(directory: str | Path, keep: int, best: str = "") -> None:
+def prune(directory: str | Path, newest: int, keep: int, best: str = "") -> None:
     """Delete all but the `keep` latest checkpoints and, with `best`, the best by that metric.
 
-    What killed saves and prunes left behind goes too. A folder is renamed before it is deleted, so
-    a kill in between leaves no broken checkpoint. Raises ValueError when `keep` is below 1.
+    newest: the step just saved; later ones are broken and were passed over, they go. What killed
+    saves and prunes left behind goes too. A folder is renamed before it is deleted, so a kill in
+    between leaves no broken checkpoint. Raises ValueError when `keep` is below 1.
     """
     if keep < 1:
         raise ValueError(f"prune: keep must be at least 1, got {keep}; pass 1 or more")
     root = Path(directory)
+
+    def delete(step: int) -> None:
+        (root / str(step)).rename(root / f"{step}{DELETING}")
+
+    for step in (int(folder.name) for folder in _folders(root)):
+        if step > newest:
+            delete(step)
     spared = best_step(root, best) if best else None
     for step in all_steps(root)[:-keep]:
         if step != spared:
-            (root / str(step)).rename(root / f"{step}{DELETING}")
+            delete(step)
     for mark in (TMP_MARK, SAVING, DELETING):
         for folder in root.glob(f"*{mark}*"):
             shutil.rmtree(folder)

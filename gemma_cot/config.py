@@ -214,7 +214,7 @@ class TrainConfig:
 
 # --preset: command, hardware, what to expect -> overrides of the defaults above.
 PRESETS: dict[str, dict] = {
-    # python -m gemma_cot.train: 2 CPU cores, minutes; see data/README.md for what it reaches.
+    # python -m gemma_cot.train: 2 CPU cores, minutes; benchmarks/RESULTS.md has what it reached.
     "tiny": dict(
         max_prompt_tokens=64,
         max_completion_tokens=144,

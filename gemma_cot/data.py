@@ -2,7 +2,7 @@
 
 Host only. Over-length samples are discarded and counted, never truncated, so that every target
 keeps its stop token. The rows of a step are a pure function of (seed, step): resuming needs no
-iterator state. Called by train and evaluate; knows no model and no reward.
+iterator state. Called by train, evaluate and prepare; of rewards it knows the format only.
 """
 
 import json
@@ -16,6 +16,7 @@ from gemma_cot.grpo.reward import has_format
 from gemma_cot.tokenizer import PAD, Tokenizer, encode_prompt, encode_target
 
 DOMAINS = ("math", "code", "science")
+MAX_LINE = 1 << 20  # bytes; far more than any sample that fits, little enough to be looked at
 WIDTH_STEP = 16  # prompt and completion widths are multiples of this, so that few shapes compile
 
 
@@ -85,6 +86,8 @@ def parse_row(line: bytes | str, number: int) -> Example:
 
 def parse_json(line: bytes | str) -> object:
     """Decode one line of JSON in UTF-8, perhaps behind a byte order mark. Raises ValueError."""
+    if len(line) > MAX_LINE:
+        raise ValueError(f"must be at most {MAX_LINE} bytes long, got a longer line")
     try:
         text = line.removeprefix(b"\xef\xbb\xbf").decode() if isinstance(line, bytes) else line
         value = json.loads(text)

@@ -43,11 +43,6 @@ QUEUE = 4  # calls of the sampler this many times longer than its batch: ends of
 RATES = ("full_format_accuracy", "answer_accuracy", "process_score", "truncated_rate")
 
 
-def evaluate_rows(*args, **options) -> list[dict]:
-    """Return the results of all rows at once; takes what `evaluate_batches` takes."""
-    return [result for part in evaluate_batches(*args, **options) for result in part]
-
-
 def evaluate_batches(
     params: Params,
     cfg: ModelConfig,

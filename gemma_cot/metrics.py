@@ -26,7 +26,7 @@ METRICS = {
     "reward": "Mean over completions of the weighted sum of all reward parts.",
     "reward_std": "Standard deviation of the reward within a group, mean over groups.",
     "reward_format": "Share of completions in the <reasoning>, <answer> form (unweighted).",
-    "reward_process": "Mean share of an example's checkpoints found in the reasoning (unweighted).",
+    "reward_process": "Mean of 0.2 a checkpoint found in the reasoning, at most 1 (unweighted).",
     "reward_outcome": "Share of completions whose final answer is right (unweighted).",
     "reward_code": "Share of completions whose code passes its tests in the sandbox (unweighted).",
     "reward_length": "Mean overlong penalty, 0 to -1 (unweighted).",

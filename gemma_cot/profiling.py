@@ -24,7 +24,7 @@ class Profile:
         if wanted and not self._running:
             jax.block_until_ready(state)
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # every Python call is a hundred times the file
+            options.python_tracer_level = 0  # every Python call would make the file far larger
             jax.profiler.start_trace(self._folder, profiler_options=options)
         elif self._running and not wanted:
             jax.block_until_ready(state)

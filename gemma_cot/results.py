@@ -70,14 +70,19 @@ def append_results(path: str | Path, results: list[dict]) -> None:
         ) from None
 
 
-def read_results(path: str | Path) -> list[dict]:
-    """Read a result file. Raises ValueError, with the line, for what is none."""
+def read_results(path: str | Path, torn_is_out: bool = False) -> list[dict]:
+    """Read a result file. Raises ValueError, with the line, for what is none.
+
+    torn_is_out: leave out a last line that is only half there, as of an evaluation under way.
+    """
     try:
         content = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(
             f"{path}: must be a result file of evaluate, got {error.strerror}; correct the path"
         ) from None
+    if torn_is_out:
+        content = content[: content.rfind(b"\n") + 1]
     results = []
     for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():

@@ -25,7 +25,7 @@ FREE_ON_RESUME = {"output_dir", "resume", "overwrite", "allow_changes", "session
                   "sample_every",
                   "coordinator", "num_processes", "process_id",
                   "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_best",
-                  "trace_every", "profile_steps", "max_reward_errors",
+                  "trace_every", "profile_steps", "max_reward_errors", "max_skipped",
                   "model", "train_data", "eval_data"}  # fmt: skip
 _ROOMS = ("grpo", "guard", "lora", "model")  # folders of the package that training runs through
 _WHOLE, _PIECES, _PIECE = 2**26, 64, 2**16  # bytes; larger files are hashed in pieces

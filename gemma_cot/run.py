@@ -10,8 +10,9 @@ import math
 import shutil
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import jax
@@ -38,7 +39,7 @@ from gemma_cot.model.load import load_pretrained, read_json
 from gemma_cot.model.params import Params
 from gemma_cot.optim import TrainState
 from gemma_cot.policy import mesh_for, resolve_dtype
-from gemma_cot.results import append_results, open_results, read_protocol, write_whole
+from gemma_cot.results import open_results, read_protocol, write_whole
 from gemma_cot.resume import FILE, as_json, check_folder, fingerprint
 from gemma_cot.session import Interrupted, Session
 from gemma_cot.settings import check_batches, cut_batches
@@ -73,6 +74,7 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)  # phase -> wall-clock seconds
     measured: dict[str, float] = field(default_factory=dict)  # what `kept_back` goes by
     reward_errors: list[dict] = field(default_factory=list)  # rows on which a reward raised
+    errors_kept: int = 0  # of these, in reward_errors.jsonl
     canaries: dict[str, dict] = field(default_factory=dict)  # stage -> what hacks earned then
 
     @property
@@ -85,7 +87,7 @@ class Run:
         """The folder of the base model."""
         return self.cfg.model or embedded("tiny_model")
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Columns of every left-padded prompt, in training and evaluation alike."""
         return prompt_width(self.train + self.eval)
@@ -113,7 +115,9 @@ class Run:
         if hosts.is_writer() and checkpoint.fault(folder / str(number)):  # not there, or broken
             finite = {n: v for n, v in metrics.items() if isinstance(v, float) and math.isfinite(v)}
             meta = {"stage": stage, "step": step, "metrics": finite, "measured": self.measured}
-            keep = partial(checkpoint.prune, folder, self.cfg.keep_checkpoints, self.cfg.keep_best)
+            keep = partial(
+                checkpoint.prune, folder, number, self.cfg.keep_checkpoints, self.cfg.keep_best
+            )
             self.saver.start(folder, number, tree, meta, keep)
 
     def settle(self) -> None:
@@ -156,18 +160,17 @@ class Run:
 
         try:
             return path, hosts.agreed(begun)
-        except ValueError:
-            line = f"{path}: cannot be written, its rows are kept in memory; make room"
-            warnings.warn(line, stacklevel=2)
+        except ValueError as error:
+            warnings.warn(f"{error}; the rows of {stage} are done anew", stacklevel=2)
             return path, []
 
-    def keep_eval(self, path: Path, results: list[dict]) -> None:
-        """Append results to their file; warn where it takes none."""
+    def keep(self, path: Path, write: Callable[[Path], None]) -> None:
+        """Let process 0 write(path), which the run can do without; warn where the disk refuses."""
         try:
             if hosts.is_writer():
-                append_results(path, results)
-        except ValueError:
-            line = f"{path}: takes no more rows, they are kept in memory; make room"
+                write(path)
+        except OSError as error:
+            line = f"{path}: cannot be written, got {error.strerror}; the run goes on, make room"
             warnings.warn(line, stacklevel=2)
 
     @property
@@ -177,7 +180,7 @@ class Run:
 
     @jax.profiler.annotate_function
     def score(self, samples, rows: list[Encoded]) -> Rollout:
-        """Read and score samples. A row on which a reward raises goes to reward_errors.jsonl.
+        """Read and score samples. Rows on which a reward raises are noted (`keep_errors`).
 
         Raises RewardError at the first such row, or beyond --max_reward_errors of them.
         """
@@ -190,16 +193,21 @@ class Run:
         if limit:  # those of all processes
             fresh = [error for errors in hosts.gather(lambda: fresh) for error in errors]
             self.reward_errors[before:] = fresh
-        if fresh and hosts.is_writer():
-            with open(self.out / "reward_errors.jsonl", "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(error) + "\n" for error in fresh)
         if len(self.reward_errors) > limit:
+            self.keep_errors()
             raise RewardError(
                 f"--max_reward_errors: rewards may raise on at most {limit} rows, got "
                 f"{len(self.reward_errors)}, the last {fresh[-1]['error']} in "
                 f"{fresh[-1]['reward']}; see {self.out}/reward_errors.jsonl and correct it"
             )
         return rollout
+
+    def keep_errors(self) -> None:
+        """Append the rows on which rewards raised since the last call to reward_errors.jsonl."""
+        fresh = self.reward_errors[self.errors_kept :]
+        if fresh:
+            self.keep(self.out / "reward_errors.jsonl", partial(_append_lines, fresh))
+        self.errors_kept = len(self.reward_errors)
 
     def watch(self, stage: str) -> list[str]:
         """Score the canaries with the run's rewards, keep what they earn; return alarm lines."""
@@ -247,6 +255,11 @@ class Run:
     def out_of_time(self) -> bool:
         """Whether to begin nothing more: asked to stop, or the rest of --session is kept back."""
         return self.session.stops(self.kept_back())
+
+
+def _append_lines(rows: list[dict], path: Path) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def prepare(cfg: TrainConfig, session: Session | None = None) -> Run:

@@ -20,7 +20,13 @@ import numpy as np
 
 from gemma_cot import hosts
 from gemma_cot.config import TrainConfig
-from gemma_cot.grpo.loss import OBJECTIVES, kl_penalty, kl_per_token
+from gemma_cot.grpo.loss import (
+    MAX_LOG_RATIO,
+    MAX_LOG_REFERENCE_RATIO,
+    OBJECTIVES,
+    kl_penalty,
+    kl_per_token,
+)
 from gemma_cot.grpo.rollout import Rollout
 from gemma_cot.run import Run
 from gemma_cot.tokenizer import Tokenizer, decode
@@ -48,8 +54,7 @@ def save_trace(
     """
     arrays = hosts.fetch(batch | {"logp_BT": seen[0], "entropy_BT": seen[1]})
     trace = trace_of(run, step, arrays, rollouts)  # computes on the mesh: all must
-    if hosts.is_writer():
-        write_trace(run.out, trace)
+    run.keep(trace_path(run.out, step), lambda path: write_trace(run.out, trace))
 
 
 def trace_of(run: Run, step: int, arrays: dict, rollouts: Iterable[Rollout]) -> dict:
@@ -100,7 +105,8 @@ def _derived(flat: dict[str, np.ndarray], cfg: TrainConfig) -> dict[str, jax.Arr
     kl_penalty [B, 1] where the KL is in the reward."""
     logp_BT, in_loss_BT = jnp.asarray(flat["logp"]), jnp.asarray(flat["weight"] > 0)
     old_BT = jnp.asarray(flat.get("logp_old", flat["logp"]))
-    log_ratio_BT = jnp.where(in_loss_BT, logp_BT - old_BT, 0.0)
+    log_ratio_BT = jnp.clip(logp_BT - old_BT, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio_BT = jnp.where(in_loss_BT, log_ratio_BT, 0.0)
     n_B1 = jnp.maximum(in_loss_BT.sum(axis=1, keepdims=True).astype(jnp.float32), 1.0)
     advantage_B1 = jnp.asarray(flat["advantage"])
     _, ratio_BT, clipped_BT = OBJECTIVES[cfg.objective](
@@ -109,7 +115,8 @@ def _derived(flat: dict[str, np.ndarray], cfg: TrainConfig) -> dict[str, jax.Arr
     derived = {"ratio": ratio_BT, "clipped": clipped_BT & in_loss_BT}
     if "logp_ref" in flat:
         ref_BT = jnp.asarray(flat["logp_ref"])
-        d_BT = jnp.where(in_loss_BT, ref_BT - logp_BT, 0.0)
+        d_BT = jnp.clip(ref_BT - logp_BT, -MAX_LOG_REFERENCE_RATIO, MAX_LOG_REFERENCE_RATIO)
+        d_BT = jnp.where(in_loss_BT, d_BT, 0.0)
         derived["kl"] = kl_per_token(d_BT, ratio_BT, "k3")
         if cfg.kl_in == "reward":
             penalty_B = cfg.beta * kl_penalty(old_BT, ref_BT, in_loss_BT, cfg.kl)

@@ -7,6 +7,7 @@ Writes config.json, metrics.jsonl, eval/, checkpoints/, adapter/, merged/, curve
 into --output_dir. All bad input is refused before anything is written.
 """
 
+import json
 import shlex
 import time
 from collections import deque
@@ -29,12 +30,13 @@ from gemma_cot.grpo.rollout import Rollout, mean_metrics
 from gemma_cot.grpo.step import make_logprobs
 from gemma_cot.lora import merge, save_peft
 from gemma_cot.metrics import MetricsWriter, read_metrics, step_line
-from gemma_cot.model.load import save_pretrained, write_json
+from gemma_cot.model.load import save_pretrained
 from gemma_cot.model.params import num_params
 from gemma_cot.optim import init_state, make_optimizer, make_schedule, split_batch
 from gemma_cot.policy import write_recipe
 from gemma_cot.profiling import Profile
 from gemma_cot.progress import Progress
+from gemma_cot.results import write_results, write_whole
 from gemma_cot.run import Run, open_run, prepare
 from gemma_cot.session import Interrupted, Session
 from gemma_cot.settings import HOST_FLAGS, config_from_flags, define_flags, profile_range
@@ -102,6 +104,7 @@ def train_grpo(run: Run, writer: MetricsWriter, lora, reference):
         profile.turn(step, updates_of(cfg), state)
         roll = partial(scored_rollout, run, logprobs, state.lora, reference, log)
         batches, rollouts, extra, reserve = next_batches(run, roll, step, reserve)
+        run.keep_errors()
         batches = (batches * cfg.num_iterations)[: cfg.grpo_steps - step]
         measured, began = [], time.perf_counter()
         recent.extend(rollouts)
@@ -164,8 +167,7 @@ def watch_update(run: Run, writer: MetricsWriter, batch: dict) -> None:
         return
     path = run.out / "bad" / f"{stage}-{step}.npz"
     arrays = hosts.fetch(batch)
-    if hosts.is_writer():
-        keep_batch(path, arrays)
+    run.keep(path, partial(keep_batch, batch=arrays))
     if (skipped := skipped_in_a_row(rows)) > run.cfg.max_skipped:
         raise ValueError(
             f"--max_skipped: at most {run.cfg.max_skipped} updates in a row may be skipped as not "
@@ -218,9 +220,9 @@ def evaluate_stage(run: Run, stage: str, lora, step: int) -> list[dict]:
         max_new_tokens=cfg.max_completion_tokens, batch=cfg.eval_batch, done=len(results),
         matcher=cfg.process_matcher, outcome=run.outcome, label=f"evaluate {stage}",
     )  # fmt: skip
-    for part in batches if left else ():
+    for part in batches:
         results += part
-        run.keep_eval(path, part)
+        run.keep(path, partial(write_results, results=results))
         run.leave_if_asked()
     return results
 
@@ -269,7 +271,7 @@ def finish(run: Run, results: dict[str, list[dict]], steps: dict[str, int]) -> N
         "jax": jax.__version__,
         "devices": [str(device) for device in run.mesh.devices.flat],
     }
-    write_json(run.out / "summary.json", summary)
+    write_whole(run.out / "summary.json", json.dumps(summary, indent=2) + "\n")
     draw_curves(run.out / "metrics.jsonl", summary, run.out / "curves.svg")
     print(f"\n{table(stages, comparisons)}\n")
     print("  ".join(f"{name} {value:.0f}s" for name, value in seconds.items()))
@@ -326,9 +328,9 @@ def run_stages(run: Run) -> None:
                 lora, steps["sft"] = run.timed("sft", train_sft, writer, lora)
             reference = lora
             results["sft"] = run.timed("evaluate_sft", evaluate_stage, "sft", lora, steps["sft"])
-        if cfg.session and not hosts.agreed((run.out / "merged").exists):
-            run.timed("export", export, lora)  # measures it; and there is one from here on
         if cfg.grpo_steps and steps["sft"] == cfg.sft_steps:
+            if cfg.session and "export" not in run.measured:
+                run.timed("export", export, lora)  # measures it; and there is one from here on
             lora, steps["grpo"] = run.timed("grpo", train_grpo, writer, lora, reference)
             grpo = run.timed("evaluate_grpo", evaluate_stage, "grpo", lora, steps["grpo"])
             results["grpo"] = grpo

@@ -254,6 +254,14 @@ def run_tests(tests: str, package_parent: Path) -> bool:
     return done.returncode == 0
 
 
+def copy_to(folder: Path) -> Path:
+    """Copy what the tests need into `folder`; return it."""
+    for part in ("gemma_cot", "tests", "data"):
+        shutil.copytree(ROOT / part, folder / part)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
 def plant(mutant: Mutant, folder: Path) -> None:
     """Replace the text in the copy of the package in `folder`."""
     path = folder / "gemma_cot" / mutant.file
@@ -271,10 +279,7 @@ def main() -> None:
     survivors = []
     for mutant in MUTANTS:
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            for part in ("gemma_cot", "tests", "data"):
-                shutil.copytree(ROOT / part, folder / part)
-            shutil.copy(ROOT / "pyproject.toml", folder)
+            folder = copy_to(Path(name))
             plant(mutant, folder)
             began = time.perf_counter()
             if run_tests(mutant.tests, folder):
@@ -283,7 +288,9 @@ def main() -> None:
         print(f"{verdict:9s} {mutant.name:35s} {mutant.tests}  "
               f"{time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
     sound = sorted({mutant.tests for mutant in MUTANTS})
-    broken = [tests for tests in sound if not run_tests(tests, ROOT)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = copy_to(Path(name))
+        broken = [tests for tests in sound if not run_tests(tests, folder)]
     for tests in broken:
         print(f"FAILS     without any mutant                  {tests}")
     print(f"{len(MUTANTS) - len(survivors)} of {len(MUTANTS)} planted bugs caught")

@@ -22,11 +22,12 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from faults import SETTINGS, SLOW, numbers, write_rows
+from faults import SETTINGS, SLOW
+from small_runs import numbers, write_rows
 
 # Between checkpoints lie other numbers of updates than a rollout has; see the first one's end.
 VARIANTS = {
-    "plain": dict(grpo_steps=7, prompts_per_rollout=4, checkpoint_every=3, trace_every=1),
+    "plain": dict(grpo_steps=7, prompts_per_rollout=4, checkpoint_every=3),
     "each": dict(prompts_per_rollout=4, num_iterations=2, checkpoint_every=1),
     "dynamic": dict(grpo_steps=8, prompts_per_rollout=4, checkpoint_every=1, dynamic_sampling=True,
                     length_weight=0.0, reward="resume_kills:odd=1"),
@@ -114,7 +115,7 @@ def differences(whole: Path, out: Path) -> list[str]:
 def main() -> int:
     """Kill, resume, compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20, help="of every variant, at least")
+    parser.add_argument("--kills", type=int, default=34, help="of every variant, at least")
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -4,7 +4,7 @@ a run that goes well."""
 import numpy as np
 import pytest
 
-from gemma_cot.alarms import HISTORY, WINDOW, keep_batch, onsets, skipped_in_a_row
+from gemma_cot.alarms import HISTORY, WATCHED, WINDOW, keep_batch, onsets, skipped_in_a_row
 from gemma_cot.metrics import METRICS
 
 GOOD = {
@@ -126,4 +126,4 @@ def test_a_kept_batch_reads_back(tmp_path):
 
 
 def test_every_watched_metric_is_in_the_glossary():
-    assert (GOOD.keys() | {"filled_groups"}) - {"stage"} <= METRICS.keys()
+    assert {*WATCHED, "skipped", "filled_groups"} <= METRICS.keys()

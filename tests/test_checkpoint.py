@@ -127,7 +127,7 @@ def test_mismatches_are_named_in_one_line(tmp_path):
 def test_steps_are_listed_pruned_and_never_overwritten(tmp_path):
     assert checkpoint.latest_step(tmp_path / "absent") is None
     assert checkpoint.latest_step(tmp_path) is None
-    checkpoint.prune(tmp_path / "absent", keep=1)
+    checkpoint.prune(tmp_path / "absent", 0, keep=1)
     for step in (9, 100, 20):  # as numbers 100 is the latest, as words 9 would be
         checkpoint.save(tmp_path, step, {"x": jnp.full(2, step)}, {"at": step})
     assert checkpoint.all_steps(tmp_path) == [9, 20, 100]
@@ -136,10 +136,10 @@ def test_steps_are_listed_pruned_and_never_overwritten(tmp_path):
     assert tree["x"].tolist() == [20, 20] and meta == {"at": 20}
     with pytest.raises(ValueError, match="must be 0 or more and new, got 20"):
         checkpoint.save(tmp_path, 20, {"x": jnp.zeros(2)}, {})
-    checkpoint.prune(tmp_path, keep=2)
+    checkpoint.prune(tmp_path, 100, keep=2)
     assert checkpoint.all_steps(tmp_path) == [20, 100]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["100", "20"]
-    checkpoint.prune(tmp_path, keep=5)
+    checkpoint.prune(tmp_path, 100, keep=5)
     assert checkpoint.all_steps(tmp_path) == [20, 100]
 
 
@@ -161,7 +161,7 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="got no leaf"):
         checkpoint.save(tmp_path, 6, {}, {})
     with pytest.raises(ValueError, match="keep must be at least 1"):
-        checkpoint.prune(tmp_path, keep=0)
+        checkpoint.prune(tmp_path, 4, keep=0)
     assert [path.name for path in tmp_path.iterdir()] == ["4"]  # refused before writing
 
 
@@ -176,7 +176,7 @@ def test_half_written_folders_are_never_listed(tmp_path):
     (tmp_path / "11" / checkpoint.MANIFEST).unlink()
     (tmp_path / "10").mkdir()
     assert checkpoint.all_steps(tmp_path) == [5]
-    checkpoint.prune(tmp_path, keep=1)
+    checkpoint.prune(tmp_path, 11, keep=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "11", "5", "6", "7"]
     with pytest.warns(UserWarning) as warned:
         assert checkpoint.latest_step(tmp_path) == 5
@@ -259,7 +259,8 @@ def test_a_save_in_the_background_holds_what_was_there_when_it_began(tmp_path):
     for number in range(4):
         assert saver.wait() == ""
         saver.start(tmp_path, number, {"x": x}, {"at": number}, lambda n=number: done.append(n))
-        x = step(x)  # reuses the very memory that is being saved
+        saved, x = x, step(x)  # reuses the very memory that is being saved
+        assert saved.is_deleted()  # a view held by the save would have kept it
     assert saver.wait() == "" and done == [0, 1, 2, 3]
     for number in range(4):
         tree, meta = checkpoint.restore(tmp_path, {"x": np.zeros((512, 512), np.float32)}, number)
@@ -291,10 +292,22 @@ def test_the_best_by_a_metric_is_kept_beside_the_latest(tmp_path):
     assert checkpoint.best_step(tmp_path, "reward") == 4  # the later of two equals
     assert checkpoint.best_step(tmp_path, "-reward") == 6
     assert checkpoint.best_step(tmp_path, "loss") is None
-    checkpoint.prune(tmp_path, keep=2, best="reward")
+    checkpoint.prune(tmp_path, 6, keep=2, best="reward")
     assert checkpoint.all_steps(tmp_path) == [4, 5, 6]
-    checkpoint.prune(tmp_path, keep=1)
+    checkpoint.prune(tmp_path, 6, keep=1)
     assert checkpoint.all_steps(tmp_path) == [6]
+
+
+def test_broken_checkpoints_ahead_of_the_one_just_saved_are_not_what_is_kept(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, {"x": jnp.full(2, step)}, {})
+    manifest = tmp_path / "3" / checkpoint.MANIFEST
+    manifest.write_text(manifest.read_text().replace("index/metadata", "index/metadatum"))
+    with pytest.warns(UserWarning, match="3 is broken and passed over"):
+        assert checkpoint.latest_step(tmp_path) == 2
+    shutil.rmtree(tmp_path / "1")
+    checkpoint.prune(tmp_path, 2, keep=1)  # as after a resumed run saved its step 2
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
 
 
 def test_a_part_of_a_tree_is_restored_alone(tmp_path):
@@ -371,5 +384,5 @@ def test_a_killed_save_leaves_only_whole_checkpoints(tmp_path):
         assert all(leaf.min() == leaf.max() == 1 for leaf in tree.values())
     leftover = steps[-1] + 1
     checkpoint.save(tmp_path, leftover, {"x": jnp.ones(1)}, {})  # the resumed run saves it again
-    checkpoint.prune(tmp_path, keep=1)
+    checkpoint.prune(tmp_path, leftover, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == [str(leftover)]

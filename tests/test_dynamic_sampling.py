@@ -2,17 +2,17 @@
 stopped run goes on to the same numbers, an update that is not finite is left out and kept."""
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from small_runs import numbers, write_rows
 
 from gemma_cot.config import PRESETS, TrainConfig
 from gemma_cot.grpo.reward import RewardError
-from gemma_cot.metrics import MetricsWriter, read_metrics
+from gemma_cot.metrics import MetricsWriter
 from gemma_cot.run import open_run, prepare
 from gemma_cot.train import train_grpo
 from gemma_cot.turn import first_adapter
@@ -58,20 +58,11 @@ def user(tmp_path_factory):
 def cfg(tmp_path_factory, user) -> TrainConfig:
     """Eight updates of four groups of 4 from rollouts of four, each saved."""
     folder = tmp_path_factory.mktemp("data")
-    rows = [
-        {
-            "domain": "math",
-            "prompt": f"{a} + {a}",
-            "chosen": f"<reasoning>{a} + {a} = {2 * a}</reasoning><answer>{2 * a}</answer>",
-            "metadata": {"checkpoints": [f"{a} + {a} = {2 * a}"], "final_answer": str(2 * a)},
-        }
-        for a in range(2, 14)
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder)
     return TrainConfig(
         **PRESETS["tiny"]
         | dict(
-            train_data=str(folder / "rows.jsonl"), eval_data=str(folder / "rows.jsonl"),
+            train_data=str(folder / "train.jsonl"), eval_data=str(folder / "eval.jsonl"),
             output_dir=str(tmp_path_factory.mktemp("out") / "whole"), max_completion_tokens=40,
             lora_rank=4, sft_steps=0, grpo_steps=8, num_generations=4, prompts_per_rollout=4,
             mini_batch=4, micro_batch=2, checkpoint_every=1, sample_every=0, trace_every=0,
@@ -94,19 +85,12 @@ def train(cfg: TrainConfig, user) -> dict:
     return {jax.tree_util.keystr(path): leaf for path, leaf in flat}
 
 
-def numbers(cfg: TrainConfig) -> list[dict]:
-    """Return the rows of metrics.jsonl without what differs from run to run."""
-    timed = ("tokens_per_second", "seconds_", "memory_gib")
-    return [{k: v for k, v in row.items() if not k.startswith(timed)}
-            for row in read_metrics(f"{cfg.output_dir}/metrics.jsonl")]  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def whole(cfg, user) -> tuple[dict, list[dict], list[tuple]]:
     """(adapter, metrics, what the reward saw) of a run that was never interrupted."""
     user.seen.clear()
     adapter = train(cfg, user)
-    return adapter, numbers(cfg), list(user.seen)
+    return adapter, numbers(cfg.output_dir), list(user.seen)
 
 
 def test_nothing_is_compiled_after_the_first_updates(whole):
@@ -163,9 +147,9 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(whole, cfg, user):
     with pytest.raises(RewardError, match="reward broke on purpose"):
         train(cfg, user)
     user.fail_at = None
-    assert len(numbers(cfg)) == seen[stop][1] < 8
+    assert len(numbers(cfg.output_dir)) == seen[stop][1] < 8
     again = train(dataclasses.replace(cfg, resume=True), user)
-    assert numbers(cfg) == rows
+    assert numbers(cfg.output_dir) == rows
     assert adapter.keys() == again.keys()
     for name, value in adapter.items():
         np.testing.assert_array_equal(value, again[name])

@@ -3,7 +3,6 @@ what one of them cannot do ends both with one line."""
 
 import contextlib
 import dataclasses
-import json
 import os
 import socket
 import subprocess
@@ -12,10 +11,10 @@ from pathlib import Path
 
 import jax
 import pytest
+from small_runs import numbers, write_rows
 
 from gemma_cot import hosts
 from gemma_cot.config import embedded
-from gemma_cot.metrics import read_metrics
 from gemma_cot.model.load import save_pretrained
 from gemma_cot.model.params import init_params
 from gemma_cot.results import read_results
@@ -66,17 +65,7 @@ def flags(tmp_path_factory, shallow) -> list[str]:
     model_cfg = dataclasses.replace(shallow, vocab_size=768)
     params = init_params(jax.random.key(0), model_cfg)
     save_pretrained(folder / "model", model_cfg, params, tokenizer_dir=embedded("tiny_model"))
-    for name, first in (("train", 2), ("eval", 50)):
-        rows = [
-            {
-                "domain": "math",
-                "prompt": f"{a} + {a}",
-                "chosen": f"<reasoning>{a} + {a} = {2 * a}</reasoning><answer>{2 * a}</answer>",
-                "metadata": {"checkpoints": [f"{a} + {a} = {2 * a}"], "final_answer": str(2 * a)},
-            }
-            for a in range(first, first + 12)
-        ]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder)
     given = {
         "model": folder / "model", "train_data": folder / "train.jsonl",
         "eval_data": folder / "eval.jsonl", "reward": "hosts_reward:short=0.5",
@@ -104,21 +93,15 @@ def processes(count: int, flags: list[str], out: Path, breaks: int = -1) -> list
     ]  # fmt: skip
 
 
-def numbers(folder: Path) -> list[dict]:
-    """Return the rows of metrics.jsonl without times and memory."""
-    measured = ("tokens_per_second", "seconds_", "memory_gib")
-    return [{name: value for name, value in row.items() if not name.startswith(measured)}
-            for row in read_metrics(folder / "metrics.jsonl")]  # fmt: skip
-
-
-def test_two_processes_give_the_numbers_of_one_and_resume(flags, tmp_path):
+def test_two_processes_give_the_numbers_of_one_and_resume(flags, tmp_path, request):
     one, two = tmp_path / "one", tmp_path / "two"
     (alone,) = processes(1, flags, one)
+    request.addfinalizer(alone.kill)
     broken = ends(*processes(2, flags, two, breaks=1))
     for code, _, err in broken:
         assert code == 2 and "RuntimeError: broke on purpose" in err.splitlines()[-1]
     assert "error: process 1: reward function short" in broken[0][2]
-    assert [(row["stage"], row["step"]) for row in numbers(two)][:3] == [
+    assert [(row["stage"], row["step"]) for row in numbers(two)] == [
         ("sft", 1), ("grpo", 1), ("grpo", 2)
     ]  # fmt: skip
     first, second = ends(*processes(2, [*flags, "--resume"], two))
@@ -235,6 +218,7 @@ def test_where_nobody_comes_and_where_the_port_is_taken():
         (code, _, err), taken = ends(alone, first)
     assert code == 2
     assert "error: --coordinator: all 2 processes must meet at 127.0.0.1:" in err.splitlines()[-1]
+    assert taken[0] != 0
     assert "process 0 must be able to meet the others" in taken[2].splitlines()[-1]
 
 

@@ -295,6 +295,7 @@ def test_rows_on_which_a_reward_raises_are_noted_and_stop_the_run_above_the_limi
     rollout = run.score(sampled(run, ["a", "b", "aa", "c"]), run.train[:1])
     assert rollout.scores["fragile"] == [1.0, None, 0.5, None]  # None, and never 0
     assert rollout.valid_PG.tolist() == [[True, False, True, False]]
+    run.keep_errors()
     noted = [json.loads(line) for line in (run.out / "reward_errors.jsonl").open()]
     assert [error["completion"] for error in noted] == ["b", "c"]
     assert noted[0]["reward"] == "fragile" and "ZeroDivisionError" in noted[0]["error"]

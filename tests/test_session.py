@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from datetime import datetime, timedelta
 
 import pytest
@@ -118,8 +117,9 @@ print("saved", session.asked, flush=True)
 def start(seconds: float) -> subprocess.Popen:
     """Start a loop of turns that long, and wait until it listens."""
     process = subprocess.Popen(
-        [sys.executable, "-c", LOOP, str(seconds)], stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", LOOP, str(seconds)], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     assert process.stdout.readline() == "ready\n"
     return process
 
@@ -133,7 +133,7 @@ def test_the_turn_is_finished_and_the_process_ends_in_order():
 def test_a_second_interrupt_ends_at_once():
     process = start(600)  # a turn that would never end
     process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    assert any("again to end at once" in line for line in iter(process.stderr.readline, ""))
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[0] == "" and process.returncode == -signal.SIGINT

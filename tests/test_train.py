@@ -12,13 +12,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from small_runs import numbers, write_rows
 
 from gemma_cot import train
 from gemma_cot.config import PRESETS, TrainConfig, embedded
 from gemma_cot.grpo.loss import group_advantages
 from gemma_cot.grpo.reward import RewardError
 from gemma_cot.lora import load_peft, merge
-from gemma_cot.metrics import METRICS, read_metrics
+from gemma_cot.metrics import METRICS
 from gemma_cot.model.load import load_pretrained
 from gemma_cot.replay import begin_of, open_replay, replay, same_tokens
 from gemma_cot.results import read_results
@@ -57,18 +58,7 @@ def user_reward(tmp_path_factory):
 def cfg(tmp_path_factory, user_reward) -> TrainConfig:
     """Two SFT and four GRPO steps on twelve short rows, four devices, two updates a rollout."""
     folder = tmp_path_factory.mktemp("data")
-    for name, first in (("train", 2), ("eval", 50)):
-        rows = [
-            {
-                "domain": "math",
-                "prompt": f"{a} + {a}",
-                "chosen": f"<reasoning>{a} + {a} = {2 * a}</reasoning><answer>{2 * a}</answer>",
-                "metadata": {"checkpoints": [f"{a} + {a} = {2 * a}"], "final_answer": str(2 * a)},
-                "level": a % 3,
-            }
-            for a in range(first, first + 12)
-        ]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write_rows(folder)
     return TrainConfig(
         **PRESETS["tiny"]
         | dict(
@@ -97,13 +87,6 @@ def whole(cfg) -> TrainConfig:
     """The settings of a run that was never interrupted, after it ended."""
     train.main(cfg)
     return cfg
-
-
-def numbers(folder) -> list[dict]:
-    """Return the rows of metrics.jsonl without the times, which differ from run to run."""
-    rows = read_metrics(f"{folder}/metrics.jsonl")
-    timed = ("tokens_per_second", "seconds_", "memory_")
-    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
 
 
 def test_a_run_leaves_all_its_outputs(whole, capsys):

@@ -214,15 +214,15 @@ def grpo_loss(
         epsilon_low, epsilon_high,
     )  # fmt: skip
     per_token_BT = -objective_BT
-    count = jnp.float32(0.0)
+    kl_sum = jnp.float32(0.0)
     if logp_ref_BT is not None:
         d_BT = jnp.clip(logp_ref_BT - logp_BT, -MAX_LOG_REFERENCE_RATIO, MAX_LOG_REFERENCE_RATIO)
         d_BT = jnp.where(in_loss_BT, d_BT, 0.0)
         token_ratio_BT = jnp.exp(log_ratio_BT)
         per_token_BT = per_token_BT + beta * kl_per_token(d_BT, token_ratio_BT, kl)
-        count = kl_per_token(d_BT, token_ratio_BT, "k3").sum()
+        kl_sum = kl_per_token(d_BT, token_ratio_BT, "k3").sum()
     metrics = {
-        "kl": count,
+        "kl": kl_sum,
         "clip_share": (in_loss_BT & clipped_BT).sum().astype(jnp.float32),
         "ratio_max": ratio_BT.max(),
     }

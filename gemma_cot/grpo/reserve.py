@@ -9,19 +9,18 @@ mini-batch, so nothing is compiled anew. Host arrays; called by train.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from gemma_cot import hosts
 from gemma_cot.config import TrainConfig
-from gemma_cot.grpo.loss import has_signal
-from gemma_cot.grpo.rollout import Rollout
+from gemma_cot.grpo.rollout import Rollout, signal
 from gemma_cot.grpo.step import add_advantages, weighted_batch
 
 MAX_ROLLOUTS = 8  # for one update; a mini-batch that they do not fill is filled up without signal
 
-Groups = dict[str, np.ndarray]  # what an update needs of its groups: arrays [P, G, ...] by name
+# What an update needs of its groups: arrays [P, G, ...], by the names of their rows in a batch.
+Groups = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -73,11 +72,6 @@ def fill_batches(
         "filled_groups": missing,
     }
     return batches, rollouts, metrics, left
-
-
-def signal(rollout: Rollout) -> np.ndarray:
-    """Return `signal_P` of a rollout, on the host."""
-    return np.asarray(has_signal(jnp.asarray(rollout.reward_PG), jnp.asarray(rollout.valid_PG)))
 
 
 def regroup(batches: list[dict], rollout: Rollout) -> Groups:
@@ -137,6 +131,7 @@ def empty_reserve(cfg: TrainConfig, T: int) -> Reserve:
 
 def pack(reserve: Reserve, slots: int) -> dict:
     """Return the reserve as arrays of fixed shape, for a checkpoint: `slots` groups, then zeros."""
+
     def padded(value: np.ndarray) -> np.ndarray:
         rest = np.zeros((slots - len(value), *value.shape[1:]), value.dtype)
         return np.concatenate([value, rest])

@@ -183,17 +183,21 @@ def mean_metrics(rollouts: list[Rollout]) -> dict[str, float]:
     return means
 
 
+def signal(rollout: Rollout) -> np.ndarray:
+    """Return `signal_P` of a rollout: whether the rewards of a group differ."""
+    return np.asarray(has_signal(jnp.asarray(rollout.reward_PG), jnp.asarray(rollout.valid_PG)))
+
+
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     """Return the metrics of a rollout that need no model: rewards by part, lengths, signal."""
     reward_PG, valid_PG = rollout.reward_PG, rollout.valid_PG
     ids_B = completion_ids(rollout.tokens_BT, rollout.mask_BT)
     groups = [row[ok] for row, ok in zip(reward_PG, valid_PG, strict=True)]
     spread_P = [group.std(ddof=1) if len(group) > 1 else 0.0 for group in groups]
-    signal_P = has_signal(jnp.asarray(reward_PG), jnp.asarray(valid_PG))
     metrics = {
         "reward": float(reward_PG[valid_PG].mean()) if valid_PG.any() else float("nan"),
         "reward_std": float(np.mean(spread_P)),
-        "signal_share": float(np.mean(signal_P)),
+        "signal_share": float(np.mean(signal(rollout))),
         "completion_tokens": float(rollout.mask_BT.sum(axis=1).mean()),
         "decode_useful": float(rollout.useful_B.mean()),
         "truncated_rate": float(1 - rollout.stopped_B.mean()),

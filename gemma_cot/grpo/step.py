@@ -126,7 +126,7 @@ def make_grpo_step(
 ):
     """Return the jitted step(state, params, batch) -> (state, metrics); `state` is donated.
 
-    batch: one of `mini_batches` with its log-probs; width: columns of the prompt.
+    batch: one of `mini_batches` with its log-probs and advantages; width: columns of the prompt.
     """
 
     def loss_fn(lora, params, micro):

@@ -13,7 +13,7 @@ from gemma_cot.plan.chips import Chip
 from gemma_cot.plan.cost import Cost, bound, forward, gradient, optimiser, prefill, sampling
 from gemma_cot.plan.programs import FUNCTIONS, Call, Program, Setup
 
-KEPT_BACK = 60.0  # seconds that --session keeps for the export
+KEPT_BACK = 60.0  # seconds put aside for the export, which no bound knows; a run measures its own
 
 
 def phases_of(setup: Setup, name: str) -> list[Cost]:

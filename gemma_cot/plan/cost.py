@@ -152,16 +152,9 @@ def logprobs(s: Share, rows: int, positions: int, passes: int) -> Cost:
     """Return the cost of `model.logprob` after the layers: in chunks, or by the kernel."""
     if s.cfg.logprob == "pallas":
         return unembedding(s, rows, positions, passes, math.ceil(rows * positions / BLOCK_C), False)
-    chunks = chunks_of(s, rows, positions)
+    chunks = math.ceil(positions / min(positions, chunk_of(s.cfg, rows)))
     padded = chunks * min(positions, chunk_of(s.cfg, rows))
     return unembedding(s, rows, padded, passes, chunks, True)
-
-
-def chunks_of(s: Share, rows: int, positions: int) -> int:
-    """Return in how many chunks `model.logprob` unembeds; by the kernel: more than one."""
-    if s.cfg.logprob == "pallas":
-        return math.ceil(rows * positions / BLOCK_C) + 1
-    return math.ceil(positions / min(positions, chunk_of(s.cfg, rows)))
 
 
 def forward(s: Share, batch: Rows) -> Cost:
@@ -172,16 +165,14 @@ def forward(s: Share, batch: Rows) -> Cost:
 def gradient(s: Share, batch: Rows, remat: str) -> Cost:
     """Return the cost of one micro-batch: forward, backward, and the recomputing in between.
 
-    Base weights have no gradient. Attention computes its scores once more for its gradient; by
-    kernels that gradient is plain and looks at the future too.
+    Base weights have no gradient. Attention computes its scores once more for its gradient, which
+    is plain, by blocks, for kernels too.
     """
     once = 1 + (remat == "all")
-    plain = s.cfg.attention == "reference"
-    looked = batch.pairs(QUERY_BLOCK if plain else batch.prompt + batch.completion)
-    scores = once * attended(s, batch) + ((0.5 if plain else 1) + BACKWARD) * looked
+    scores = once * attended(s, batch) + (0.5 + BACKWARD) * batch.pairs(QUERY_BLOCK)
     body = layers(s, batch, once + 1, once + BACKWARD, scores)
-    passes = 3 if chunks_of(s, batch.rows, batch.completion) > 1 else 2
-    return body + logprobs(s, batch.rows, batch.completion, passes)
+    in_one = s.cfg.logprob != "pallas" and batch.completion <= chunk_of(s.cfg, batch.rows)
+    return body + logprobs(s, batch.rows, batch.completion, 2 if in_one else 3)
 
 
 def attended(s: Share, batch: Rows) -> float:

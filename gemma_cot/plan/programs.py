@@ -75,7 +75,7 @@ class Setup:
 
     @property
     def eval_size(self) -> tuple[int, int]:
-        """Rows of one evaluation call of the sampler, and calls, as `evaluate_rows` cuts them."""
+        """Rows of a call of the sampler in evaluation, and calls, as `evaluate_batches` does."""
         calls = math.ceil(self.eval_rows / (QUEUE * self.cfg.eval_batch))
         return round_up(math.ceil(self.eval_rows / calls), self.data), calls
 

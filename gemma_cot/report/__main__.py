@@ -4,7 +4,7 @@
     python -m gemma_cot.report --run=runs/tiny --step=40      # all groups of that traced step
     python -m gemma_cot.report --run=runs/tiny --watch        # write it anew while the run goes
 
-No device is needed. A report of 2,000 steps takes seconds.
+No device is needed.
 """
 
 import time

@@ -118,7 +118,7 @@ def signal(run: RunFiles) -> list[Finding]:
         "Train on prompts that are answered sometimes (evaluate --num_completions, then prepare "
         "--pass_rates), or raise --num_generations or --temperature"
     )
-    if "dynamic_sampling" in run.config:
+    if run.config.get("dynamic_sampling") is False:
         advice += ", or set --dynamic_sampling"
     return [
         Finding(
@@ -254,7 +254,7 @@ def rewards(run: RunFiles) -> list[Finding]:
     names = sorted({name for row in run.rows("grpo") for name in row})
     for name in (n for n in names if n.startswith("reward_") and n != "reward_std"):
         values, part = run.series(name), name.removeprefix("reward_")
-        if not values or part in ("length", "repetition"):
+        if not values or part not in ("format", "process", "outcome", "code"):
             continue
         if max(values) <= 0:
             advice = "Train SFT longer, or give easier rows first: what is never seen teaches not."

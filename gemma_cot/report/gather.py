@@ -3,7 +3,6 @@
 Host only. Everything but config.json may be missing; what is missing is left out of the report.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +57,8 @@ def gather(folder: str | Path) -> RunFiles:
     config = read_json(folder / "config.json")
     summary = _optional(folder / "summary.json")
     paths = {stage: folder / "eval" / f"{stage}.jsonl" for stage in STAGES}
-    results = {stage: read_results(path) for stage, path in paths.items() if path.is_file()}
+    there = {stage: path for stage, path in paths.items() if path.is_file()}
+    results = {stage: read_results(path, torn_is_out=True) for stage, path in there.items()}
     stages = summary.get("stages") or {s: summarise(rows) for s, rows in results.items()}
     return RunFiles(
         folder=folder,
@@ -74,11 +74,8 @@ def gather(folder: str | Path) -> RunFiles:
 
 
 def _optional(path: Path) -> dict:
-    """Read a JSON file, {} where there is none or it is only half there."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
+    """Read a JSON file, {} where there is none. Raises ValueError for a broken one."""
+    return read_json(path) if path.is_file() else {}
 
 
 def _compare(results: dict[str, list[dict]]) -> dict[str, dict]:

@@ -172,11 +172,13 @@ def test_rollouts_without_signal_come_to_an_end(mesh):
 
 
 def test_a_stop_between_rollouts_leaves_the_reserve_as_it_was(mesh):
-    before = fills(mesh, 2)[1][-1]
+    cfg = dataclasses.replace(CFG, mini_batch=4)
+    before = fills(mesh, 3, cfg)[2][-1]
+    assert names(before.groups) == [601]  # one waits; rollout 0 would add one each time
     asked = iter((False, True))
     batches, rollouts, metrics, after = fill_batches(
-        dataclasses.replace(before, rollouts=0), lambda n: rolled_out(1, mesh), lambda: next(asked),
-        CFG, mesh,
+        dataclasses.replace(before, rollouts=0), lambda n: rolled_out(0, mesh, cfg),
+        lambda: next(asked), cfg, mesh,
     )  # fmt: skip
     assert (batches, len(rollouts), metrics) == ([], 2, {})
     assert after == dataclasses.replace(before, rollouts=0)

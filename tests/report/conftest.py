@@ -6,16 +6,12 @@ import math
 import random
 
 import pytest
+from report_browser import ATTACK
 
 from gemma_cot.config import PRESETS, TrainConfig
 from gemma_cot.evaluation import compare, summarise
 from gemma_cot.results import write_results
 from gemma_cot.traces import write_trace
-
-ATTACK = (
-    "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
-    "<!--<script>\u2028]]>&lt;b&gt;&amp;"
-)
 
 
 def completion(text: str, reward: float, advantage: float, rng: random.Random) -> dict:

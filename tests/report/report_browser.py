@@ -4,6 +4,12 @@ import os
 import shutil
 from contextlib import contextmanager
 
+# What a model could write to do something in a page.
+ATTACK = (
+    "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
+    "<!--<script>\u2028]]>&lt;b&gt;&amp;"
+)
+
 
 def why_not() -> str:
     """Return why there can be no browser, "" where there can."""

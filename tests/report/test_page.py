@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ATTACK
+from report_browser import ATTACK
 
 from gemma_cot.report.gather import gather
 from gemma_cot.report.page import embed, report_html, step_html

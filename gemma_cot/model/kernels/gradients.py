@@ -15,9 +15,9 @@ MASKED = -2.0e38
 PRODUCT = "product"  # the name of what `gemma.rematerialised` may keep
 
 
-def softmax(scores: jax.Array, axis: int = -1) -> jax.Array:
-    """Return the softmax over an axis, in float32."""
-    return jax.nn.softmax(scores.astype(jnp.float32), axis=axis)
+def softmax(scores: jax.Array) -> jax.Array:
+    """Return the softmax over the last axis, in float32."""
+    return jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
 
 
 def attention_weights(q_BKQTH: jax.Array, k_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 Grid (rows, key/value heads, tiles of queries, tiles of keys): the Q query heads of one key/value
 head share each tile of keys, tiles that no query of a tile may see are neither read nor computed.
 Equals `reference.prefill_attention` (Dao et al. 2022, arXiv:2205.14135). The backward pass is not
-a kernel: it recomputes the scores in plain jnp, `[B, N, T, S]` float32 of one layer at a time.
+a kernel: it is that of `layers.attention`, whose scores exist for a block of queries at a time.
 """
 
 from functools import partial

@@ -1,0 +1,38 @@
+"""Rows and metrics of runs that are small enough to be repeated and compared."""
+
+import json
+from pathlib import Path
+
+TIMED = ("tokens_per_second", "seconds_", "memory_")  # differ from run to run
+
+
+def short_rows(first: int) -> list[dict]:
+    """Return twelve sums with their worked solutions: `first` + `first` and those that follow."""
+    return [
+        {
+            "domain": "math",
+            "prompt": f"{a} + {a}",
+            "chosen": f"<reasoning>{a} + {a} = {2 * a}</reasoning><answer>{2 * a}</answer>",
+            "metadata": {"checkpoints": [f"{a} + {a} = {2 * a}"], "final_answer": str(2 * a)},
+            "level": a % 3,
+        }
+        for a in range(first, first + 12)
+    ]
+
+
+def write_rows(folder: Path) -> None:
+    """Write twelve short rows each to folder/train.jsonl and folder/eval.jsonl."""
+    for name, first in (("train", 2), ("eval", 50)):
+        text = "".join(json.dumps(row) + "\n" for row in short_rows(first))
+        (folder / f"{name}.jsonl").write_text(text)
+
+
+def numbers(path: Path | str) -> list[dict]:
+    """Return the rows of a JSONL file, of a run's metrics or of an evaluation, without times.
+
+    path: the file, or the folder of a run, whose metrics.jsonl it is then.
+    """
+    path = Path(path)
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in rows]
