@@ -12,6 +12,7 @@ import re
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 import jax
@@ -19,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 WAIT_SECONDS = 300  # for the other processes to come
+LAST_SECONDS = 3  # for the others to go when all do
 
 
 def join(coordinator: str = "", num_processes: int = 1, process_id: int = 0) -> None:
@@ -108,11 +110,16 @@ def are_several() -> bool:
 
 def leave(code: int) -> None:
     """End the process; where there are others, at once: an orderly exit would wait for them, and
-    they for this one. They end when their next exchange fails or this one's heartbeat is missed."""
+    they for this one. They end when their next exchange fails or this one's heartbeat is missed.
+
+    Process 0 goes last: without its coordination service, JAX aborts those that are just leaving.
+    """
     if not are_several():
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
+    if is_writer():
+        time.sleep(LAST_SECONDS)
     os._exit(code)
 
 

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
-from small_runs import numbers, write_rows
+from small_runs import free_port, numbers, write_rows
 
 from gemma_cot import checkpoint
 
@@ -69,41 +69,46 @@ class Faults:
         """Start a run into `out`."""
         settings = SETTINGS | {"output_dir": out, "train_data": self.folder / "train.jsonl",
                                "eval_data": self.folder / "eval.jsonl"}  # fmt: skip
-        given = [f"--{name}={value}" for name, value in settings.items()]
-        return self.launch([sys.executable, "-m", "gemma_cot.train", *given, *more])
+        return self.launch(*(f"--{name}={value}" for name, value in settings.items()), *more)
 
-    def resume(self, out: Path) -> subprocess.Popen:
+    def resume(self, out: Path, *more: str) -> subprocess.Popen:
         """Start the command that a stopped run prints."""
-        return self.launch(
-            [sys.executable, "-m", "gemma_cot.train", "--resume", f"--output_dir={out}"]
-        )
+        return self.launch("--resume", f"--output_dir={out}", *more)
 
-    def launch(self, command: list[str]) -> subprocess.Popen:
-        """Start a process whose outputs go into one file."""
+    def pair(self, begin: Callable, out: Path) -> list[subprocess.Popen]:
+        """Start a run, or go on with one, as two processes of a device each."""
+        both = (f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2")
+        return [begin(out, *both, f"--process_id={i}") for i in range(2)]
+
+    def launch(self, *flags: str) -> subprocess.Popen:
+        """Start `gemma_cot.train` as a process whose outputs go into one file."""
         self.runs += 1
         with open(self.folder / f"output{self.runs}", "wb") as output:
             process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=self.environment,
+                [sys.executable, "-m", "gemma_cot.train", *flags], stdout=output,
+                stderr=subprocess.STDOUT, env=self.environment,
                 cwd=Path(checkpoint.__file__).parents[1],
             )  # fmt: skip
         process.output = self.folder / f"output{self.runs}"
         return process
 
-    def finish(self, out: Path, process: subprocess.Popen, code: int = 0) -> str:
-        """Wait for the end of a run and return its output; it must end with `code`."""
+    def ended(self, process: subprocess.Popen) -> str:
+        """Wait for the end of a process and return its output; its exit code must be 0."""
         process.wait(SLOW)
         text = process.output.read_text(errors="replace")
-        assert process.returncode == code, f"exit code {process.returncode}\n{text[-2000:]}"
-        assert code or (out / "summary.json").exists(), text[-2000:]
+        assert process.returncode == 0, f"exit code {process.returncode}\n{text[-2000:]}"
+        return text
+
+    def finish(self, out: Path, process: subprocess.Popen) -> str:
+        """Wait for the end of a process and return its output; the run must have ended too."""
+        text = self.ended(process)
+        assert (out / "summary.json").exists(), text[-2000:]
         return text
 
     def stop(self, process: subprocess.Popen) -> str:
         """Ask a run to stop; it must exit with 0 and say how to go on, or have ended just so."""
         process.send_signal(signal.SIGTERM)
-        process.wait(SLOW)
-        text = process.output.read_text(errors="replace")
-        assert process.returncode == 0, f"exit code {process.returncode}\n{text[-2000:]}"
-        return text
+        return self.ended(process)
 
     def wait_until(self, holds: Callable[[], bool], process: subprocess.Popen) -> None:
         """Wait for something to be seen on the disk while a run goes on."""
@@ -131,21 +136,21 @@ class Faults:
             self.stop(process)
         return Path(shutil.copytree(self.stopped, self.folder / name))
 
-    def lost(self, out: Path) -> int:
+    def lost(self, out: Path, whole: Path | None = None) -> int:
         """Return how much of the undisturbed run is missing from `out` or another there."""
-        count = 0
+        count, whole = 0, whole or self.whole
         for name in ("metrics.jsonl", "eval/base.jsonl", "eval/sft.jsonl", "eval/grpo.jsonl"):
-            wanted = numbers(self.whole / name)
+            wanted = numbers(whole / name)
             got = numbers(out / name) if (out / name).exists() else []
             assert wanted, f"{name} of the undisturbed run is empty"
             count += sum(1 for i, row in enumerate(wanted) if got[i : i + 1] != [row])
             count += max(0, len(got) - len(wanted))
         for pattern in ("adapter/*.safetensors", "merged/*.safetensors", "traces/*"):
-            names = sorted(path.relative_to(self.whole) for path in self.whole.glob(pattern))
+            names = sorted(path.relative_to(whole) for path in whole.glob(pattern))
             assert names, f"the undisturbed run has no {pattern}"
             for name in names:
                 same = (out / name).exists()
-                same = same and (out / name).read_bytes() == (self.whole / name).read_bytes()
+                same = same and (out / name).read_bytes() == (whole / name).read_bytes()
                 count += not same
         return count
 
@@ -331,11 +336,26 @@ def sigterm_in_every_phase(faults: Faults) -> Path:
             assert phase == "export" and (out / "summary.json").exists(), text[-2000:]
         else:
             command = text.partition("Go on with: python -m gemma_cot.train ")[2].splitlines()[0]
-            process = faults.launch(
-                [sys.executable, "-m", "gemma_cot.train", *shlex.split(command)]
-            )
+            process = faults.launch(*shlex.split(command))
     faults.finish(out, process)
     return out
+
+
+def preemption_of_one_host(faults: Faults) -> None:
+    """SIGTERM to the second of two processes: both end with 0 after the same step, and go on."""
+    whole, out = faults.folder / "pair_whole", faults.folder / "pair"
+    for process in faults.pair(faults.start, whole):
+        faults.finish(whole, process)
+    pair = faults.pair(faults.start, out)
+    faults.wait_for(out, "GRPO", pair[0])
+    pair[1].send_signal(signal.SIGTERM)
+    texts = [faults.ended(process) for process in pair]
+    assert all("stopped by a preemption notice" in text for text in texts), texts
+    assert not (out / "summary.json").exists()
+    for process in faults.pair(faults.resume, out):
+        faults.finish(out, process)
+    lost = faults.lost(out, whole)
+    assert lost == 0, f"{lost} numbers or files are lost"
 
 
 def sigint_twice(faults: Faults) -> Path:
@@ -377,7 +397,7 @@ def random_kills(faults: Faults) -> None:
 FAULTS = (
     truncated_checkpoint, flipped_bit, missing_manifest, bits_of_every_file,
     full_disk_under_checkpoints, full_disk_under_the_run, read_only_checkpoints, no_permission,
-    sigterm_in_every_phase, sigint_twice, kill_in_a_save, random_kills,
+    sigterm_in_every_phase, preemption_of_one_host, sigint_twice, kill_in_a_save, random_kills,
 )  # fmt: skip
 
 

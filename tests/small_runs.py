@@ -1,6 +1,7 @@
 """Rows and metrics of runs that are small enough to be repeated and compared."""
 
 import json
+import socket
 from pathlib import Path
 
 TIMED = ("tokens_per_second", "seconds_", "memory_")  # differ from run to run
@@ -25,6 +26,13 @@ def write_rows(folder: Path) -> None:
     for name, first in (("train", 2), ("eval", 50)):
         text = "".join(json.dumps(row) + "\n" for row in short_rows(first))
         (folder / f"{name}.jsonl").write_text(text)
+
+
+def free_port() -> int:
+    """Return a port of this machine at which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def numbers(path: Path | str) -> list[dict]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from small_runs import numbers, write_rows
+from small_runs import free_port, numbers, write_rows
 
 from gemma_cot import hosts
 from gemma_cot.config import embedded
@@ -49,12 +49,6 @@ def ends(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
     finally:
         for process in processes:
             process.kill()
-
-
-def free_port() -> int:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

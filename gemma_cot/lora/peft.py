@@ -11,11 +11,17 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from gemma_cot.config import ModelConfig
 from gemma_cot.lora.lora import LEAVES, TARGETS, Lora, lora_letters
-from gemma_cot.model.load import from_stored, read_json, text_name, to_stored, write_json
+from gemma_cot.model.load import (
+    from_stored,
+    read_json,
+    save_tensors,
+    text_name,
+    to_stored,
+    write_json,
+)
 from gemma_cot.model.params import Leaf
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -61,7 +67,7 @@ def save_peft(
         for part, leaf in pair_leaves(target).items()
         for i, ours in enumerate(np.asarray(lora.layers[target][part], np.float32))
     }
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(directory / WEIGHTS, tensors)
     alpha = lora.scale * lora.rank
     whole = round(alpha)  # undo the rounding of alpha / rank where alpha was a whole number
     config = {key: values[0] for key, values in _PLAIN.items()} | {

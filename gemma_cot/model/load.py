@@ -5,6 +5,8 @@ duplicate or misshapen tensor is an error that names it. Tokenizer files are onl
 """
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -203,6 +205,18 @@ def stored_tensors(cfg: ModelConfig, params: Params):
         yield name, to_stored(leaf, cfg.sizes, np.asarray(ours if i is None else ours[i]))
 
 
+def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write a safetensors file. Raises OSError where the disk refuses, as other writers do."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if not code:
+            raise
+        number = int(code[1])
+        raise OSError(number, os.strerror(number), str(path)) from None
+
+
 def save_pretrained(
     out_dir: str | Path,
     cfg: ModelConfig,
@@ -233,7 +247,7 @@ def save_pretrained(
     for old in [*stale, out_dir / INDEX]:
         old.unlink(missing_ok=True)
     for name, shard in zip(names, shards, strict=True):
-        save_file(shard, out_dir / name, metadata={"format": "pt"})
+        save_tensors(out_dir / name, shard)
     if many:
         weight_map = {key: n for n, shard in zip(names, shards, strict=True) for key in shard}
         total = sum(array.nbytes for shard in shards for array in shard.values())

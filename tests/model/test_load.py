@@ -244,3 +244,8 @@ def test_config_of_another_size(cfg, model_dir):
     other = dataclasses.replace(cfg, mlp_dim=30)
     (model_dir / "config.json").write_text(json.dumps(other.to_hf()))
     assert refused(model_dir, r"mlp\..*_proj.weight: shape must be .*30")
+
+
+def test_what_the_disk_refuses_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere/x.safetensors"):
+        load.save_tensors(tmp_path / "nowhere" / "x.safetensors", {"x": np.zeros(4, np.float32)})
