@@ -1,13 +1,14 @@
 """Measure what dropping prompts by pass rate does to the share of GRPO groups with signal.
 
     python -m gemma_cot.train --grpo_steps=0 --output_dir=SFT
-    python benchmarks/curriculum.py --adapter=SFT/adapter
+    python benchmarks/curriculum.py --adapter=SFT/adapter --seed=1
 
-The policy completes N training rows K times at temperature 1 (seed 1), `prepare --pass_rates` drops
-always-right and never-right prompts, and held-out draws of the same N rows (seed 2) say how many
-groups have rewards that differ, with and without the filter ("not_always_right": with
---pass_rate_min=0). Prints one JSON line; "outcome": the answer reward alone, "total": the sum of
-the three rewards with the recipe's weights. Intervals: 95 % Wilson over groups; the filter never
+The policy completes N training rows K times at temperature 1 (the seed), `prepare --pass_rates`
+drops prompts in one of three ways, and held-out draws of the same N rows (the next seed) say how
+many groups have rewards that differ among those it keeps and those it drops. "answer": always-right
+and never-right ones are dropped; "not_always_right": with --pass_rate_min=0; "reward": with
+--pass_rate_by=reward. Prints one JSON line; "outcome": the answer reward alone, "total": the sum
+of the three rewards with the recipe's weights. Intervals: 95 % Wilson over groups; the filter never
 saw the draws that are counted.
 """
 
@@ -27,6 +28,9 @@ from gemma_cot.grpo.loss import has_signal
 from gemma_cot.grpo.rollout import combine_rewards
 from gemma_cot.results import read_results
 from gemma_cot.stats import wilson
+
+FILTERS = {"answer": "--pass_rate_by=answer", "not_always_right": "--pass_rate_min=0",
+           "reward": "--pass_rate_by=reward"}  # fmt: skip
 
 
 def run(command: str, *arguments: str) -> None:
@@ -52,6 +56,7 @@ def main() -> None:
     parser.add_argument("--adapter", required=True)
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--k", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     cfg = TrainConfig()
     weights = {"format": cfg.format_weight, "process": cfg.process_weight,
@@ -60,25 +65,21 @@ def main() -> None:
         data = Path(folder) / "rows.jsonl"
         with open(embedded("train.jsonl"), encoding="utf-8") as file:
             data.write_text("".join(islice(file, arguments.rows)), encoding="utf-8")
-        for seed in (1, 2):
+        for name, seed in (("rates", arguments.seed), ("held_out", arguments.seed + 1)):
             run("evaluate", f"--adapter={arguments.adapter}", f"--data={data}", f"--seed={seed}",
                 f"--num_completions={arguments.k}", "--temperature=1",
-                f"--output={folder}/{seed}.jsonl")  # fmt: skip
-        kept = {}
-        for name, lowest in (("kept", 0.01), ("not_always_right", 0.0)):
-            run("prepare", "--dataset=ours", f"--input={data}", f"--pass_rates={folder}/1.jsonl",
-                f"--pass_rate_min={lowest}", "--max_similarity=1",
-                f"--output={folder}/{name}")  # fmt: skip
-            rows, _ = read_jsonl(f"{folder}/{name}/train.jsonl")
-            kept[name] = {row.prompt for row in rows}
-        held_out = read_results(f"{folder}/2.jsonl")
-    groups = {"all": held_out} | {
-        name: [r for r in held_out if r["prompt"] in prompts] for name, prompts in kept.items()
-    }
-    groups["dropped"] = [r for r in held_out if r["prompt"] not in kept["kept"]]
-    line = {"rows": len(held_out), "k": arguments.k}
+                f"--output={folder}/{name}.jsonl")  # fmt: skip
+        held_out = read_results(f"{folder}/held_out.jsonl")
+        groups = {"all": held_out}
+        for name, flag in FILTERS.items():
+            run("prepare", "--dataset=ours", f"--input={data}", "--max_similarity=1", flag,
+                f"--pass_rates={folder}/rates.jsonl", f"--output={folder}/{name}")  # fmt: skip
+            kept = {row.prompt for row in read_jsonl(f"{folder}/{name}/train.jsonl")[0]}
+            groups[name] = [r for r in held_out if r["prompt"] in kept]
+            groups[f"{name}, dropped"] = [r for r in held_out if r["prompt"] not in kept]
+    line = {"rows": len(held_out), "k": arguments.k, "seed": arguments.seed}
     for name, only in (("outcome", {"outcome": cfg.outcome_weight}), ("total", weights)):
-        line[name] = {group: signal(rows, only) for group, rows in groups.items()}
+        line[name] = {group: signal(rows, only) for group, rows in groups.items() if rows}
     print(json.dumps(line))
 
 

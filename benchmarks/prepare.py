@@ -5,7 +5,8 @@
 Every size is a process of its own: synthetic problems in GSM8K's layout (45 words, three calculator
 marks) are written to a temporary file and go through the whole of `prepare` with --dataset=gsm8k:
 conversion, schema, content, lengths, exact and near duplicates, split, card. Prints one JSON line a
-size: rows a second of CPU time of one core, and the peak memory of the process.
+size: rows a second of CPU time of one core, those of conversion, schema and content alone (of at
+most 10,000 rows), and the peak memory of the process.
 """
 
 import argparse
@@ -18,10 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 
 from gemma_cot.config import embedded
-from gemma_cot.prepare.pipeline import Settings, prepare
+from gemma_cot.data import check_row
+from gemma_cot.prepare.convert import gsm8k, parse_object, read_rows
+from gemma_cot.prepare.filters import check_content
+from gemma_cot.prepare.pipeline import CHUNK, Settings, prepare
 from gemma_cot.tokenizer import load_tokenizer
 
 WORDS = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").split()
@@ -43,6 +48,20 @@ def problem(draw: random.Random) -> dict:
     return {"question": " ".join(text) + "?", "answer": answer}
 
 
+def convert_and_check(path: Path) -> float:
+    """Return the rows a second of conversion and checks, without lengths and repeats."""
+    lines = list(islice(read_rows(path), 10_000))
+    began = time.process_time()
+    for first in range(0, len(lines), CHUNK):
+        parsed = [parse_object(text) for _, text in lines[first : first + CHUNK]]
+        rows = [row for raw in parsed for row in gsm8k(raw, "here")]
+        for row in rows:
+            check_row(row, 0)
+        for row in rows:
+            check_content(row)
+    return len(lines) / (time.process_time() - began)
+
+
 def measure(rows: int) -> dict:
     """Prepare `rows` rows in this process."""
     draw = random.Random(0)
@@ -61,11 +80,13 @@ def measure(rows: int) -> dict:
         began = time.process_time()
         report = prepare(cfg, tokenizer)
         seconds = time.process_time() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        checked = convert_and_check(path)
     return {
         "rows": rows,
         "kept": report.kept,
         "rows_per_second": round(rows / seconds),
+        "converted_and_checked_per_second": round(checked),
         "cpu_seconds": round(seconds, 1),
         "peak_mib": round(peak / 1024),
         "mib_before": round(before / 1024),

@@ -77,7 +77,7 @@ class TeacherServer:
         self.flying = self.most_flying = 0
         self._tries: Counter = Counter()
         self._cut: set[str] = set()  # questions that met "length"
-        self._requests, self._storm_ends = 0, 0.0
+        self.requests, self._storm_ends = 0, 0.0
         self.lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
@@ -93,8 +93,8 @@ class TeacherServer:
     def next_fault(self, body: bytes) -> str | None:
         """Return what this request meets now."""
         with self.lock:
-            self._requests += 1
-            if self.storm and self._requests % self.storm == 0:
+            self.requests += 1
+            if self.storm and self.requests % self.storm == 0:
                 self._storm_ends = time.monotonic() + 0.3
             if time.monotonic() < self._storm_ends:
                 self.met["storm"] += 1

@@ -1,4 +1,5 @@
-"""The command, as a user runs it: several completions, a torn file resumed, two files compared."""
+"""The command, as a user runs it: several completions, canaries, code in the sandbox, a torn file
+resumed, two files compared."""
 
 import json
 import os
@@ -8,9 +9,13 @@ import sys
 import pytest
 
 from gemma_cot.config import embedded
+from gemma_cot.evaluate import comparison
+from gemma_cot.guard.canaries import HACKS
 from gemma_cot.results import read_protocol, read_results, template_hash, write_results
 
-ASKED = ("--num_completions=2", "--temperature=1", "--max_completion_tokens=96", "--limit=6")
+ASKED = ("--num_completions=2", "--temperature=1", "--max_completion_tokens=96", "--limit=6",
+         "--allow_code_execution")  # fmt: skip
+TESTED = [2, 3]  # rows with tests for their code
 
 
 def evaluate(*arguments: str) -> subprocess.CompletedProcess:
@@ -21,10 +26,22 @@ def evaluate(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def data(tmp_path_factory):
+    """The first rows of the embedded ones, some with tests."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    with open(embedded("eval.jsonl"), encoding="utf-8") as file:
+        rows = [json.loads(next(file)) for _ in range(8)]
+    for number in TESTED:
+        rows[number - 1]["metadata"]["tests"] = ["assert f(1) == 2"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data):
     """(output file, what was printed) of an evaluation that nothing disturbed."""
     path = tmp_path_factory.mktemp("evaluate") / "whole.jsonl"
-    done = evaluate(f"--output={path}", *ASKED)
+    done = evaluate(f"--output={path}", f"--data={data}", *ASKED)
     assert done.returncode == 0, done.stderr
     return path, done.stdout
 
@@ -53,21 +70,42 @@ def test_rows_and_summary_hold_every_completion_and_the_protocol(whole):
         assert words in printed
 
 
-def test_a_torn_evaluation_goes_on_and_ends_the_same(whole, tmp_path):
+def test_hacks_are_scored_with_the_rewards_of_the_evaluation(whole):
+    path, printed = whole
+    canaries = json.loads(path.with_suffix(".summary.json").read_text())["canaries"]
+    honest = canaries.pop("honest")
+    assert honest["format"] == honest["outcome"] == 1.0 and honest["code"] == 0.0
+    assert set(canaries) == set(HACKS)
+    assert all(hack["outcome"] == 0.0 for hack in canaries.values())
+    assert f"canaries: an honest completion earns {honest['total']:.2f}, of 16 hacks" in printed
+
+
+def test_the_code_of_a_row_with_tests_is_scored_and_other_rows_have_no_such_score(whole):
+    path, printed = whole
+    rows = read_results(path)
+    for row in rows:
+        score = 0.0 if row["id"] in TESTED else None  # the base model writes no tags
+        assert row["code"] == score and [one["code"] for one in row["samples"]] == [score] * 2
+    summary = json.loads(path.with_suffix(".summary.json").read_text())
+    assert summary["code_accuracy"] == 0.0 and "code passes 0.0 %" in printed
+    assert read_protocol(path)["code"] == "metadata.tests in the sandbox"
+
+
+def test_a_torn_evaluation_goes_on_and_ends_the_same(whole, data, tmp_path):
     path, _ = whole
     torn = tmp_path / "torn.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     torn.write_bytes(b"".join(lines[:2]) + lines[2][:40])
     protocol = path.with_suffix(".protocol.json").read_text()
     torn.with_suffix(".protocol.json").write_text(protocol)
-    other = evaluate(f"--output={torn}", *ASKED, "--seed=1", "--resume")
+    other = evaluate(f"--output={torn}", f"--data={data}", *ASKED, "--seed=1", "--resume")
     assert other.returncode == 2 and "first seed: 0 then, 1 now" in other.stderr
-    done = evaluate(f"--output={torn}", *ASKED, "--resume", f"--compare={path}")
+    done = evaluate(f"--output={torn}", f"--data={data}", *ASKED, "--resume", f"--compare={path}")
     assert done.returncode == 0, done.stderr
     assert "\n4 rows in " in done.stdout  # two were done
     assert read_results(torn) == read_results(path)
     assert "answer right: 0.0 -> 0.0 %, difference +0.0" in done.stdout
-    assert done.stdout.count("no difference shown") == 4 and "improved" not in done.stdout
+    assert done.stdout.count("no difference shown") == 5 and "improved" not in done.stdout
     assert "\n0 rows changed" in done.stdout
 
 
@@ -85,6 +123,16 @@ def test_two_files_are_compared_without_a_model(whole, tmp_path):
     listed = after.with_suffix(".changed.jsonl").read_text().splitlines()
     assert [json.loads(x)["id"] for x in listed] == [1, 2, 3, 4, 5, 6]
     assert f"protocol: none beside {before}" in done.stdout
+
+
+def test_a_comparison_says_when_the_format_rises_while_answers_fall(tmp_path):
+    scores = {"process": None, "domain": "math", "prompt": "p", "completion": "c"}
+    before, after = ([scores | {"id": i, "format": form, "outcome": right} for i in range(20)]
+                     for form, right in ((0.0, 1.0), (1.0, 0.0)))  # fmt: skip
+    paths = (str(tmp_path / "before.jsonl"), str(tmp_path / "after.jsonl"))
+    alarm = f"ALARM: {paths[0]} -> {paths[1]}: format rises while answers fall: "
+    assert alarm in comparison(paths, (before, after))[1]
+    assert "ALARM" not in comparison(paths, (after, before))[1]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """Summaries of hand-made results, the paired test, the printed table, several completions."""
 
+import sys
+from functools import partial
+
 import pytest
 
 from gemma_cot.data import Encoded, Example
@@ -11,6 +14,7 @@ from gemma_cot.evaluation import (
     summarise,
     table,
 )
+from gemma_cot.guard.sandbox import code_reward
 from gemma_cot.stats import mcnemar_exact, mean_interval, wilson
 
 
@@ -96,6 +100,23 @@ def test_several_completions_of_a_row_are_scored_one_by_one_and_together():
     # 5 of 6 completions hold the only checkpoint of their row
     assert summary["checkpoint_rate_literal"] == pytest.approx(5 / 6)
     assert summary["domains"]["math"]["pass_at_2"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox takes Linux")
+def test_code_is_scored_row_by_row_where_the_row_has_tests():
+    metadata = {"checkpoints": [], "final_answer": "f"}
+    tested = metadata | {"tests": ["assert f(1) == 2"]}
+    rows = [Encoded(Example(i, "code", "p", "", m, {}), [2], [1])
+            for i, m in enumerate((tested, tested, metadata), 1)]  # fmt: skip
+    codes = ("def f(x):\n    return x + 1", "def f(x):\n    return x", "def f(x):\n    return 2")
+    texts = [f"<reasoning>So:</reasoning><answer>{code}</answer>" for code in codes]
+    run_code = partial(code_reward, allow_code_execution=True)
+    results = score_rows(rows, texts, [[9]] * 3, [True] * 3, "literal", code=run_code)
+    assert [result["code"] for result in results] == [1.0, 0.0, None]
+    summary = summarise(results)
+    assert summary["code_accuracy"] == 0.5
+    assert summary["code_accuracy_interval"] == list(wilson(1, 2))
+    assert "code_accuracy" not in summarise(RESULTS)
 
 
 # ---- summary ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from gemma_cot.distill.answer import TRIES, make_row
 from gemma_cot.distill.journal import Journal, Stop
 from gemma_cot.distill.settings import Price, Settings, teacher_of
-from gemma_cot.distill.teacher import UNUSABLE, Retry, TooFast, ask, open_client
+from gemma_cot.distill.teacher import Retry, TooFast, ask, open_client
 from gemma_cot.distill.template import Question, digest, request_body, request_key
 from gemma_cot.prepare.convert import Rejected
 from gemma_cot.progress import Progress
@@ -188,7 +188,7 @@ async def obtain(run: Collector, client, question: Question, number: int) -> boo
         "domain": question.domain,
         "try": number,
     }
-    worst, failed, unusable, turn = worst_usd(teacher_of(cfg).price, body), 0, 0, 0
+    worst, failed, turn = worst_usd(teacher_of(cfg).price, body), 0, 0
     while True:
         while (wait := run.gate.closed_for()) and not run.stop.is_set():
             await run.sleep(wait)
@@ -203,7 +203,9 @@ async def obtain(run: Collector, client, question: Question, number: int) -> boo
                 return False
             run.reserved += worst
             try:
-                record = await ask(client, cfg, body, run.key, f"{names['key']}-{unusable}")
+                # after a useless reply another key: a server may remember that reply
+                once = f"{names['key']}-{run.journal.useless[names['key']]}"
+                record = await ask(client, cfg, body, run.key, once)
                 await run.journal.append(names | record)
                 run.gate.answered()
                 run.heard = time.monotonic()
@@ -212,7 +214,6 @@ async def obtain(run: Collector, client, question: Question, number: int) -> boo
                 if error.record:
                     await run.journal.append(names | error.record)
                 code, seconds, failed = error.code, error.seconds, failed + 1
-                unusable += code in UNUSABLE
             except TooFast as error:
                 run.gate.too_fast(began, error.seconds)
                 code, seconds = "http_429", 0.0

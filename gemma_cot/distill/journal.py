@@ -10,6 +10,7 @@ import asyncio
 import fcntl
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 
@@ -42,8 +43,8 @@ def read_records(path: str | Path) -> tuple[list[dict], int]:
 class Journal:
     """The open journal of an output folder. A context manager; `close` lets the next run in.
 
-    answers: request key -> record of an answer. records: these and the failed requests that the
-    server billed. usd: what all of them cost.
+    answers: request key -> record of an answer. useless: request key -> whole replies that were
+    none. records: of both. usd: what all of them cost.
     """
 
     def __init__(self, path: str | Path):
@@ -57,6 +58,7 @@ class Journal:
                 f"({error.strerror}); name another one"
             ) from None
         self.answers: dict[str, dict] = {}
+        self.useless: Counter = Counter()
         self.records: list[dict] = []
         self.usd = 0.0
 
@@ -101,6 +103,8 @@ class Journal:
         self.usd += record["usd"]
         if record["fault"] is None:
             self.answers[record["key"]] = record
+        else:
+            self.useless[record["key"]] += 1
         self.records.append(record)
 
     def close(self) -> None:

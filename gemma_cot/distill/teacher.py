@@ -16,15 +16,13 @@ from gemma_cot.distill.journal import Stop
 from gemma_cot.distill.settings import Settings, is_loopback, redact, teacher_of, usd
 
 BODY_SECONDS = 30  # a reply is sent when it is complete: one that drips in is a fault
-# Codes of `Retry` after a whole reply: what the server remembers of this request is of no use.
-UNUSABLE = {"empty_body", "not_json", "no_choices", "insufficient_resource", "empty_content"}
 MAX_RETRY_AFTER = 3600  # seconds; a server that asks for more is not waited for
 
 
 class Retry(Exception):
     """The request may be sent again, after `seconds`.
 
-    record: set when the server says what the failure costs.
+    record: set after a whole reply: what the journal keeps of it, and what it cost.
     """
 
     def __init__(self, code: str, detail: str = "", record: dict | None = None, seconds=0.0):
@@ -92,19 +90,22 @@ async def ask(client, cfg: Settings, body: dict, key: str, once: str) -> dict:
 
 def read_answer(cfg: Settings, text: str) -> dict:
     """Return the answer that a 200 body holds. Raises Retry for what is none."""
+    def nothing(code: str) -> dict:
+        return _record(cfg, None, "", "", None) | {"fault": code}
+
     if not text.strip():
-        raise Retry("empty_body")
+        raise Retry("empty_body", record=nothing("empty_body"))
     try:
         body = json.loads(text)  # blank lines that kept the connection alive are white space
     except (ValueError, RecursionError):
-        raise Retry("not_json", f"{text.strip()!r:.60}") from None
+        raise Retry("not_json", f"{text.strip()!r:.60}", nothing("not_json")) from None
     try:
         choice, usage = body["choices"][0], body.get("usage")
         content, reason = choice["message"]["content"], choice.get("finish_reason")
     except (TypeError, KeyError, IndexError, AttributeError):
-        raise Retry("no_choices", f"{text.strip()!r:.60}") from None
+        raise Retry("no_choices", f"{text.strip()!r:.60}", nothing("no_choices")) from None
     if content is not None and not isinstance(content, str):
-        raise Retry("no_choices", f"content {content!r:.60}")
+        raise Retry("no_choices", f"content {content!r:.60}", nothing("no_choices"))
     record = _record(cfg, body.get("model"), str(reason), content or "", usage)
     if reason == "insufficient_system_resource":
         raise Retry("insufficient_resource", record=record | {"fault": "insufficient_resource"})

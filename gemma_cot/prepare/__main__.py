@@ -51,6 +51,11 @@ if __name__ == "__main__":
     flags.DEFINE_float("pass_rate_min", 0.01, "Lowest pass rate kept; 0.01: not never right.")
     flags.DEFINE_float("pass_rate_max", 0.99, "Highest pass rate kept; 0.99: not always right.")
     flags.DEFINE_enum(
+        "pass_rate_by", "answer", ["answer", "reward"],
+        "reward: whatever the rate, drop rows whose completions all earned the same in format, "
+        "process and outcome together.",
+    )
+    flags.DEFINE_enum(
         "unmeasured", "keep", ["keep", "drop"], "Rows whose prompt --pass_rates does not hold."
     )
     flags.DEFINE_enum("order", "input", ["input", "pass_rate"], "pass_rate: easiest first.")

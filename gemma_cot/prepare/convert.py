@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
-from gemma_cot.data import check_row, parse_json
+from gemma_cot.data import MAX_LINE, check_row, parse_json
 
 
 class Rejected(Exception):
@@ -27,21 +27,23 @@ class Rejected(Exception):
 def read_rows(path: str | Path) -> Iterator[tuple[int, str | bytes]]:
     """Yield (line number, text of one object) of a JSONL file or of a JSON array.
 
-    JSONL is streamed, an array is read whole. Raises ValueError for what is no such file.
+    JSONL is streamed, and of a line over MAX_LINE only so much is read that `parse_object` refuses
+    it; an array is read whole. Raises ValueError for what is no such file.
     """
     try:
         with open(path, "rb") as file:
-            first = file.read(1)
-            while first.isspace() or first in (b"\xef", b"\xbb", b"\xbf"):  # a byte order mark
-                first = file.read(1)
-            if first == b"[":
-                file.seek(0)
+            head = file.read(MAX_LINE).removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+            file.seek(0)
+            if head.lstrip().startswith(b"["):
                 yield from _array_items(path, file.read())
                 return
-            file.seek(0)
-            for number, line in enumerate(file, 1):
+            number = 0
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
                 if line.strip():
                     yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(MAX_LINE)
     except OSError as error:
         raise ValueError(
             f"{path}: must be a readable file, got {error.strerror}; correct the path"
@@ -57,11 +59,13 @@ def _array_items(path: str | Path, content: bytes) -> Iterator[tuple[int, str]]:
             while text[at] in " \t\r\n,":
                 at += 1
             if text[at] == "]":
-                return
+                break
             line, counted = line + text.count("\n", counted, at), at
             _, end = decoder.raw_decode(text, at)
             yield line, text[at:end]
             at = end
+        if text[at + 1 :].strip():
+            raise ValueError("text behind it")
     except (ValueError, IndexError, RecursionError) as error:
         raise ValueError(
             f"{path}: must be one JSON array in UTF-8, got {error}; download the file again"
@@ -73,7 +77,8 @@ def parse_object(text: str | bytes) -> dict:
     try:
         row = parse_json(text)
     except ValueError as error:
-        raise Rejected("bad_json", str(error), is_bad=True) from None
+        code = "line_too_long" if len(text) > MAX_LINE else "bad_json"
+        raise Rejected(code, str(error), is_bad=True) from None
     if not isinstance(row, dict):
         raise Rejected("bad_json", f"must be an object, got {type(row).__name__}", is_bad=True)
     return row

@@ -5,10 +5,14 @@ Rows stream through a temporary folder beside the output, which is renamed at th
 """
 
 import json
+import marshal
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from operator import itemgetter
 from os import getpid
 from pathlib import Path
 from typing import TextIO
@@ -24,10 +28,14 @@ from gemma_cot.prepare.filters import (
     near_duplicates,
     text_key,
 )
-from gemma_cot.prepare.rates import add_rate, order_by_rate, read_rates
+from gemma_cot.prepare.rates import Measured, add_rate, order_by_rate, read_rates
 from gemma_cot.prepare.spool import GramFile, Seen
 from gemma_cot.progress import Progress
 from gemma_cot.tokenizer import Tokenizer, encode_prompt, encode_target
+
+# Each check goes over so many lines before the next one begins: the processor's caches hold one
+# check and not all of them, which takes a third less time.
+CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ class Settings:
     pass_rates: tuple[str, ...] = ()
     pass_rate_min: float = 0.01
     pass_rate_max: float = 0.99
+    pass_rate_by: str = "answer"
     unmeasured: str = "keep"
     order: str = "input"
 
@@ -133,25 +142,27 @@ def _test_rows(cfg: Settings, report: Report) -> Iterator[dict]:
 
 def _fill(
     folder: Path, cfg: Settings, tokenizer: Tokenizer, tests: TestQuestions,
-    rates: dict[bytes, float], report: Report,
+    rates: dict[bytes, Measured], report: Report,
 ) -> None:
     """Write everything into `folder`: first what passes alone, then without near duplicates."""
     spool = folder / "spool"
     spool.mkdir()
     survivors, rows = spool / "survivors", GramFile(spool / "grams")
     with open(folder / "rejects.jsonl", "w", encoding="utf-8") as rejects, closing(rows):
-        with open(survivors, "w", encoding="utf-8") as out:
+        with open(survivors, "wb") as out:
             encode = json.JSONEncoder(ensure_ascii=False).encode
-            for row, measured in _passing(cfg, tokenizer, tests, rates, report, rejects, spool):
-                out.write(f"{encode(measured)}\t{encode(row)}\n")
-                rows.append(row["domain"], grams(row["domain"], row["prompt"]))
+            for chunk in _passing(cfg, tokenizer, tests, rates, report, rejects, spool):
+                for row, measured in chunk:
+                    marshal.dump((measured, encode(row)), out)
+                for row, _ in chunk:
+                    rows.append(row["domain"], grams(row["domain"], row["prompt"]))
         if not len(rows):
             raise ValueError(
                 f"--input: at least one row must pass, got {dict(report.reasons)} of "
                 f"{report.rows_in} rows; change the limits or the files"
             )
         repeats = near_duplicates(rows, cfg.max_similarity)
-        _split(survivors, folder, repeats, report, rejects)
+        _split(survivors, len(rows), folder, repeats, report, rejects)
     shutil.rmtree(spool)
     if cfg.order == "pass_rate":
         for path in (folder / "train.jsonl", folder / "eval.jsonl"):
@@ -162,16 +173,16 @@ def _fill(
 
 
 def _split(
-    survivors: Path, folder: Path, repeats: dict[int, int], report: Report, rejects: TextIO
+    survivors: Path, count: int, folder: Path, repeats: dict[int, int], report: Report,
+    rejects: TextIO,
 ) -> None:
     """Write train.jsonl and eval.jsonl without the `repeats`, which go to the rejects."""
     originals = {other: ("", 0) for other in repeats.values()}
     files: dict[str, TextIO] = {}
-    with open(survivors, encoding="utf-8") as lines, ExitStack() as stack:
-        for i, line in enumerate(lines):
-            head, _, text = line.partition("\t")  # JSON writes a tab as \\t
-            measured = json.loads(head)
-            place = tuple(measured["place"])
+    with open(survivors, "rb") as spooled, ExitStack() as stack:
+        for i in range(count):
+            measured, text = marshal.load(spooled)
+            place = measured["place"]
             if i in originals:
                 originals[i] = place
             if i in repeats:
@@ -183,7 +194,7 @@ def _split(
             if split not in files:
                 path = folder / f"{split}.jsonl"
                 files[split] = stack.enter_context(open(path, "w", encoding="utf-8"))
-            files[split].write(text)
+            files[split].write(text + "\n")
             report.add(measured)
 
 
@@ -194,37 +205,63 @@ def _reject(rejects: TextIO, report: Report, place: tuple[str, int], error: Reje
 
 
 def _passing(
-    cfg: Settings, tokenizer: Tokenizer, tests: TestQuestions, rates: dict[bytes, float],
+    cfg: Settings, tokenizer: Tokenizer, tests: TestQuestions, rates: dict[bytes, Measured],
     report: Report, rejects: TextIO, spool: Path,
-) -> Iterator[tuple[dict, dict]]:
-    """Yield (row, what the card needs of it and its place) of rows that pass every filter alone."""
-    tasks = task_range(cfg)
+) -> Iterator[list[tuple[dict, dict]]]:
+    """Yield, CHUNK lines at a time, the rows that pass every check alone, each with what the card
+    needs of it and its place."""
     total = sum(1 for path in cfg.input for _ in read_rows(path))
+    lines = ((path, line, text) for path in cfg.input for line, text in read_rows(path))
     with Progress("prepare", total) as progress, closing(Seen(spool / "seen")) as seen:
-        for path in cfg.input:
-            name = Path(path).name
-            for line, raw in read_rows(path):
-                report.rows_in += 1
-                place = (path, line)
-                source = f"{cfg.dataset}:{name}:{line}"
-                for row in _converted(cfg, tasks, raw, source, place, report, rejects):
-                    report.converted += 1
-                    try:
-                        measured = _check(cfg, tokenizer, tests, row)
-                        if rates:
-                            bounds = (cfg.pass_rate_min, cfg.pass_rate_max)
-                            measured["has_rate"] = add_rate(row, rates, *bounds, cfg.unmeasured)
-                        first = seen.first(text_key(row["domain"], row["prompt"]), place)
-                        if first:
-                            raise Rejected("duplicate", f"of {first[0]}:{first[1]}")
-                    except Rejected as error:
-                        _drop(cfg, error, place, report, rejects)
-                        continue
-                    yield row, measured | {"place": place}
-                progress.update()
+        checks = [
+            _check_schema,
+            partial(_measure, cfg, tokenizer),
+            lambda row, measured: check_content(row),
+            lambda row, measured: tests.check(row, cfg.max_overlap),
+            partial(_check_rate, cfg, rates),
+            partial(_check_first, seen),
+        ]
+        while chunk := list(islice(lines, CHUNK)):
+            failed: list[tuple[int, Rejected]] = []  # place in the chunk, reason
+            rows = list(_converted(cfg, chunk, failed))
+            report.rows_in += len(chunk)
+            report.converted += len(rows)
+            for check in checks:
+                rows = list(_surviving(rows, check, failed))
+            for at, error in sorted(failed, key=itemgetter(0)):
+                _drop(cfg, error, chunk[at][:2], report, rejects)
+            yield [(row, measured) for _, row, measured in rows]
+            progress.update(len(chunk))
 
 
-def _drop(cfg, error: Rejected, place, report: Report, rejects: TextIO) -> None:
+def _converted(cfg: Settings, chunk: list, failed: list) -> Iterator[tuple[int, dict, dict]]:
+    """Yield (place in the chunk, row of ours, {"place": (file, line)}) of published objects."""
+    tasks = task_range(cfg)
+    for at, (path, line, text) in enumerate(chunk):
+        try:
+            raw = parse_object(text)
+            if tasks:
+                number = str(raw.get("task_id")).rpartition("/")[2]
+                if not (number.isdecimal() and tasks[0] <= int(number) <= tasks[1]):
+                    raise Rejected("task_not_selected", f"task {number} is outside {cfg.tasks}")
+            for row in DATASETS[cfg.dataset](raw, f"{cfg.dataset}:{Path(path).name}:{line}"):
+                yield at, row, {"place": (path, line)}
+        except Rejected as error:
+            failed.append((at, error))
+
+
+def _surviving(rows: list, check: Callable, failed: list) -> Iterator[tuple[int, dict, dict]]:
+    """Yield the rows that pass a check; the reasons of the others go to `failed`."""
+    for item in rows:
+        at, row, measured = item
+        try:
+            check(row, measured)
+            yield item
+        except Rejected as error:
+            failed.append((at, error))
+
+
+def _drop(cfg: Settings, error: Rejected, place, report: Report, rejects: TextIO) -> None:
     """Count and list a rejected row; raise ValueError for a bad one under --on_bad_row=fail."""
     if error.is_bad and cfg.on_bad_row == "fail":
         raise ValueError(
@@ -233,27 +270,18 @@ def _drop(cfg, error: Rejected, place, report: Report, rejects: TextIO) -> None:
     _reject(rejects, report, place, error)
 
 
-def _converted(cfg, tasks, text, source, place, report: Report, rejects: TextIO) -> Iterator[dict]:
-    """Yield the rows of ours that one published object gives."""
-    try:
-        raw = parse_object(text)
-        if tasks:
-            number = str(raw.get("task_id")).rpartition("/")[2]
-            if not (number.isdecimal() and tasks[0] <= int(number) <= tasks[1]):
-                raise Rejected("task_not_selected", f"task {number} is outside {cfg.tasks}")
-        yield from DATASETS[cfg.dataset](raw, source)
-    except Rejected as error:
-        _drop(cfg, error, place, report, rejects)
+# The checks of a row, in their order; each may add to what is measured of it, and raises Rejected
 
 
-def _check(cfg: Settings, tokenizer: Tokenizer, tests: TestQuestions, row: dict) -> dict:
-    """Return split, domain, origin and lengths of a good row. Raises Rejected."""
+def _check_schema(row: dict, measured: dict) -> None:
     try:
         check_row(row, 0)
     except ValueError as error:
         raise Rejected("bad_schema", str(error), is_bad=True) from None
-    check_content(row)
-    measured = {
+
+
+def _measure(cfg: Settings, tokenizer: Tokenizer, row: dict, measured: dict) -> None:
+    measured |= {
         "split": "eval" if in_eval(row["prompt"], cfg.eval_share) else "train",
         "domain": row["domain"],
         "reasoning": str(row.get("reasoning", "published")),
@@ -265,5 +293,15 @@ def _check(cfg: Settings, tokenizer: Tokenizer, tests: TestQuestions, row: dict)
         if measured[name] > getattr(cfg, f"max_{name}"):
             detail = f"{measured[name]} {name}, at most {getattr(cfg, f'max_{name}')}"
             raise Rejected(f"{name.partition('_')[0]}_too_long", detail)
-    tests.check(row, cfg.max_overlap)
-    return measured
+
+
+def _check_rate(cfg: Settings, rates: dict[bytes, Measured], row: dict, measured: dict) -> None:
+    if rates:
+        how = (cfg.pass_rate_min, cfg.pass_rate_max, cfg.unmeasured, cfg.pass_rate_by)
+        measured["has_rate"] = add_rate(row, rates, *how)
+
+
+def _check_first(seen: Seen, row: dict, measured: dict) -> None:
+    first = seen.first(text_key(row["domain"], row["prompt"]), measured["place"])
+    if first:
+        raise Rejected("duplicate", f"of {first[0]}:{first[1]}")

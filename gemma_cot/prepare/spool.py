@@ -24,22 +24,25 @@ class Seen:
         self._path = path
         self._db = sqlite3.connect(path, isolation_level=None)
         for pragma in ("journal_mode=OFF", "synchronous=OFF", "cache_size=-16384"):  # 16 MiB
-            self._db.execute(f"PRAGMA {pragma}")
+            self._run(f"PRAGMA {pragma}")
         columns = "key BLOB PRIMARY KEY, file TEXT, line INTEGER"
-        self._db.execute(f"CREATE TABLE seen({columns}) WITHOUT ROWID")
-        self._db.execute("BEGIN")
+        self._run(f"CREATE TABLE seen({columns}) WITHOUT ROWID")
+        self._run("BEGIN")
+
+    def _run(self, statement: str, values: tuple = ()) -> sqlite3.Cursor:
+        """Execute a statement. Raises OSError when the disk is full."""
+        try:
+            return self._db.execute(statement, values)
+        except sqlite3.OperationalError as error:
+            raise OSError(errno.ENOSPC, str(error), str(self._path)) from error
 
     def first(self, key: bytes, place: tuple[str, int]) -> tuple[str, int] | None:
         """Return where `key` was first seen; None, and remember `place`, where it was not.
 
         Raises OSError when the disk is full."""
-        try:
-            added = self._db.execute("INSERT OR IGNORE INTO seen VALUES (?, ?, ?)", (key, *place))
-        except sqlite3.OperationalError as error:
-            raise OSError(errno.ENOSPC, str(error), str(self._path)) from error
-        if added.rowcount:
+        if self._run("INSERT OR IGNORE INTO seen VALUES (?, ?, ?)", (key, *place)).rowcount:
             return None
-        return self._db.execute("SELECT file, line FROM seen WHERE key = ?", (key,)).fetchone()
+        return self._run("SELECT file, line FROM seen WHERE key = ?", (key,)).fetchone()
 
     def close(self) -> None:
         """Let go of the file."""

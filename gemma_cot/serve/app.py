@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from gemma_cot.axes import round_up
 from gemma_cot.model.sample import row_keys
 from gemma_cot.policy import Policy
-from gemma_cot.serve.engine import Row, complete, work
+from gemma_cot.serve.engine import Row, complete, weights_of, work
 from gemma_cot.serve.request import BadRequest, Request, error_body, parse_request
 
 
@@ -29,9 +29,10 @@ def make_app(policy: Policy, name: str, batch: int, seed: int):
 
     batch = round_up(batch, policy.mesh.shape["data"])
     warm = Request([2], 1, 0.0, 1, (), 0, False, False)
-    complete(policy, batch, [Row(warm, 0, jax.random.key(0), lambda event: None)])
+    weights = weights_of(policy)
+    complete(policy, weights, batch, [Row(warm, 0, jax.random.key(0), lambda event: None)])
     jobs: queue.Queue[list[Row]] = queue.Queue()
-    threading.Thread(target=work, args=(policy, batch, jobs), daemon=True).start()
+    threading.Thread(target=work, args=(policy, weights, batch, jobs), daemon=True).start()
     count = iter(range(2**62))  # requests without a seed of their own
 
     async def chat(http):

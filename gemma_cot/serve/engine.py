@@ -16,7 +16,7 @@ import numpy as np
 
 from gemma_cot.axes import round_up, sharding_of
 from gemma_cot.data import WIDTH_STEP, left_pad
-from gemma_cot.model.cache import decode_step, new_cache, prefill
+from gemma_cot.model.cache import decode_step, decode_weights, new_cache, prefill
 from gemma_cot.model.sample import draw
 from gemma_cot.policy import Policy
 from gemma_cot.serve.request import Request
@@ -61,11 +61,11 @@ def sendable(text: str, stops: tuple[str, ...]) -> int:
 def start(params, cfg, tokens_BT, start_B, lora, *, max_new_tokens: int):
     """Run the prompts. Returns (logits_BV of the first token, cache)."""
     logits_BV, kv_LBSKH = prefill(params, cfg, tokens_BT, start_B, lora)
-    return logits_BV, new_cache(kv_LBSKH, start_B, len(start_B), max_new_tokens)
+    return logits_BV, new_cache(cfg, kv_LBSKH, start_B, len(start_B), max_new_tokens)
 
 
 @partial(jax.jit, static_argnames="cfg", donate_argnames=("logits_BV", "cache"))
-def advance(params, cfg, lora, logits_BV, cache, step, key_B, temperature_B):
+def advance(weights, cfg, logits_BV, cache, step, key_B, temperature_B):
     """Draw token `step` of every row, as `model.sample` does, and run it.
 
     Returns (token_B, logits_BV of the next one, cache).
@@ -76,11 +76,18 @@ def advance(params, cfg, lora, logits_BV, cache, step, key_B, temperature_B):
     greedy_B, _ = draw(logits_BV, key_now_B, 0.0)
     drawn_B, _ = draw(scaled_BV, key_now_B, 1.0)
     token_B = jnp.where(is_greedy_B, greedy_B, drawn_B)
-    logits_BV, cache = decode_step(params, cfg, token_B, step, cache, lora)
+    logits_BV, cache = decode_step(weights, cfg, token_B, step, cache)
     return token_B, logits_BV, cache
 
 
-def complete(policy: Policy, batch: int, rows: list[Row]) -> None:
+def weights_of(policy: Policy):
+    """Return the policy's weights for `advance`."""
+    with jax.set_mesh(policy.mesh):
+        prepare = jax.jit(decode_weights, static_argnames="cfg")
+        return prepare(policy.params, policy.cfg, policy.lora)
+
+
+def complete(policy: Policy, weights, batch: int, rows: list[Row]) -> None:
     """Make up to `batch` completions together; the rest of the batch is padding."""
     width = round_up(policy.max_prompt_tokens, WIDTH_STEP)
     blank = batch - len(rows)
@@ -98,8 +105,7 @@ def complete(policy: Policy, batch: int, rows: list[Row]) -> None:
         temperature_B = jax.device_put(temperature_B, place["B"])
         for step in range(policy.max_completion_tokens):
             token_B, logits_BV, cache = advance(
-                policy.params, policy.cfg, policy.lora, logits_BV, cache, np.int32(step), key_B,
-                temperature_B,
+                weights, policy.cfg, logits_BV, cache, np.int32(step), key_B, temperature_B
             )  # fmt: skip
             for row, token in zip(rows, np.asarray(token_B), strict=False):
                 if not row.done:
@@ -108,7 +114,7 @@ def complete(policy: Policy, batch: int, rows: list[Row]) -> None:
                 return
 
 
-def work(policy: Policy, batch: int, jobs: queue.Queue) -> None:
+def work(policy: Policy, weights, batch: int, jobs: queue.Queue) -> None:
     """Answer jobs, lists of rows, for ever; as many as fit into a batch at a time."""
     waiting: list[Row] = []
     while True:
@@ -120,7 +126,7 @@ def work(policy: Policy, batch: int, jobs: queue.Queue) -> None:
             else:
                 waiting = more
         try:
-            complete(policy, batch, rows)
+            complete(policy, weights, batch, rows)
         except Exception as error:  # the server stays up; `listen` raises it for the client
             for row in rows:
                 row.tell(error)

@@ -136,6 +136,7 @@ def test_rows_are_read_from_lines_and_from_an_array_with_their_line_numbers(tmp_
     assert [(n, json.loads(text)) for n, text in read_rows(path)] == [(2, rows[0]), (5, rows[1])]
     path.write_text("\n\n".join(json.dumps(row) for row in rows))
     assert [(n, json.loads(text)) for n, text in read_rows(path)] == [(1, rows[0]), (3, rows[1])]
-    path.write_text('[{"a": 1}')
-    with pytest.raises(ValueError, match="must be one JSON array"):
-        list(read_rows(path))
+    for text in ('[{"a": 1}', '[{"a": 1}]\n{"a": 2}\n'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="must be one JSON array"):
+            list(read_rows(path))

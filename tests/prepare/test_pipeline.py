@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import resource
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gemma_cot.data import read_jsonl
+from gemma_cot.data import MAX_LINE, read_jsonl
 from gemma_cot.prepare import filters
 from gemma_cot.prepare.card import quantiles
+from gemma_cot.prepare.convert import read_rows
 from gemma_cot.prepare.filters import grams, in_eval, near_duplicates
 from gemma_cot.prepare.pipeline import prepare
 from gemma_cot.prepare.spool import GramFile, Seen
@@ -91,6 +93,85 @@ def test_a_bad_row_stops_the_command_and_leaves_nothing(cfg, tokenizer, tmp_path
     with pytest.raises(ValueError, match=r"in.jsonl:2: must be an object, got list; correct"):
         prepare(dataclasses.replace(cfg, on_bad_row="fail"), tokenizer)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
+
+
+def test_lines_in_every_encoding_are_kept_or_listed(cfg, tokenizer):
+    """Byte order marks, also of files put together, and CRLF are fine, and so is any character that
+    JSON spells out; what is no UTF-8 is a reject."""
+    text = [json.dumps(row(f"question {i}")) for i in range(9)]
+    lines = [
+        b"\xef\xbb\xbf" + text[0].encode(),
+        b"\xef\xbb\xbf" + text[1].encode(),
+        text[2].replace("question", "Größe \u2028 größer").encode(),
+        text[3].replace("question", "Größe").encode("latin-1"),
+        text[4].encode("utf-16"),
+        text[5].replace("question", "ques\0tion").encode(),
+        text[6].replace("question", "half \\udc00").encode(),
+        text[7].replace("question", "\ud83d").encode("utf-8", "surrogatepass"),
+        text[8].replace("question", "nul \\u0000, whole \\ud83d\\ude00").encode(),
+        b"\0" * 1000,
+        b"",
+    ]
+    Path(cfg.input[0]).write_bytes(b"\r\n".join(lines))
+    prepare(cfg, tokenizer)
+    assert rejects(cfg) == [(n, "bad_json") for n in (4, 5, 6, 7, 8, 10)]
+    kept, _ = read_jsonl(Path(cfg.output) / "train.jsonl")
+    assert [example.prompt for example in kept] == [
+        "question 0", "question 1", "Größe \u2028 größer 2", "nul \0, whole \U0001f600 8",
+    ]  # fmt: skip
+
+
+def test_a_line_of_100_mb_is_a_reject_and_is_never_held(cfg, tokenizer):
+    good = json.dumps(row("two and two"))
+    with open(cfg.input[0], "wb") as file:
+        file.seek(100_000_000)  # the bytes before are 0
+        file.write(f"\n{good}\n".encode())
+    assert [len(text) for _, text in read_rows(cfg.input[0])] == [MAX_LINE + 1, len(good) + 1]
+    assert prepare(cfg, tokenizer).kept == 1
+    (reject,) = map(json.loads, (Path(cfg.output) / "rejects.jsonl").read_text().splitlines())
+    assert (reject["line"], reject["reason"]) == (1, "line_too_long")
+    assert reject["detail"] == "must be at most 1048576 bytes long, got a longer line"
+    with pytest.raises(ValueError, match="in.jsonl:1: must be at most 1048576 bytes long"):
+        read_jsonl(cfg.input[0])
+
+
+def test_the_longest_line_that_is_read_is_judged_by_its_tokens(cfg, tokenizer):
+    rest = len(json.dumps(row("")))
+    for length, reason in ((MAX_LINE, "prompt_too_long"), (MAX_LINE + 1, "line_too_long")):
+        Path(cfg.input[0]).write_text(json.dumps(row("a" * (length - rest))))
+        with pytest.raises(ValueError, match=f"at least one row must pass, got {{'{reason}': 1}}"):
+            prepare(cfg, tokenizer)
+
+
+def test_a_dataset_of_nothing_but_rejects_says_what_they_were(cfg, tokenizer, tmp_path):
+    write(cfg.input[0], ["{", row("wrong") | {"chosen": "4"}, "7"])
+    with pytest.raises(ValueError, match=(
+            "--input: at least one row must pass, got {'bad_json': 2, 'bad_format': 1} of 3 rows"
+    )):  # fmt: skip
+        prepare(cfg, tokenizer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
+
+
+def test_a_full_disk_leaves_nothing_behind_wherever_it_stops(cfg, tokenizer, tmp_path):
+    """No file may grow beyond a limit: the rejects, the spool, its database, the rows fill up."""
+    write(cfg.input[0], [row(f"question {i}") for i in range(40)] + ["{"] * 200)
+    sizes = {path.name: path.stat().st_size for path in _files_of(cfg, tokenizer)}
+    before, limits = sorted(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for most in (0, 200, 5000, sizes["train.jsonl"] - 1, sizes["rejects.jsonl"] - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large|disk I/O|full"):
+                prepare(cfg, tokenizer)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def _files_of(cfg, tokenizer) -> list[Path]:
+    """Return what a run with room writes."""
+    other = dataclasses.replace(cfg, output=cfg.output.replace("new", "room"))
+    prepare(other, tokenizer)
+    return list(Path(other.output).iterdir())
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ RATES = {"never": (0, 0, 0, 0), "seldom": (0, 1, 0, 0), "mostly": (1, 1, 1, 0),
 
 
 def result(prompt: str, right, domain: str = "math") -> dict:
-    samples = [{"completion": "c", "outcome": None if x is None else float(x)} for x in right]
+    same = {"completion": "c", "format": 1.0, "process": None}
+    samples = [same | {"outcome": None if x is None else float(x)} for x in right]
     return {
         "id": 1, "domain": domain, "prompt": prompt, "format": 1.0, "process": None,
         "outcome": samples[0]["outcome"], "samples": samples,
@@ -62,7 +63,23 @@ def test_rates_are_matched_by_domain_and_prompt_and_add_up(tmp_path):
     first, second = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
     write_results(first, [result("What  is IT", (1, 0)), result("no gold", (None, None))])
     write_results(second, [result("what is it ", (1, 1)), result("what is it", (0, 0), "code")])
-    assert sorted(read_rates([first, second]).values()) == [0.0, 0.75]
+    assert sorted(read_rates([first, second]).values()) == [(0.0, False), (0.75, True)]
+
+
+def test_rows_whose_completions_all_earned_the_same_are_dropped_by_reward(cfg, tokenizer, tmp_path):
+    results = {name: result(name, right) for name, right in RATES.items()}
+    results["never, one with a step"] = result("never, one with a step", (0, 0, 0, 0))
+    results["never, one with a step"]["samples"][2]["process"] = 0.2
+    results["steps for answers"] = result("steps for answers", (1, 0))  # 1 + 0 + 1 = 1 + 1 + 0
+    results["steps for answers"]["samples"][1]["process"] = 1.0
+    write(cfg.input[0], [row(prompt) for prompt in results])
+    path = tmp_path / "rates.jsonl"
+    write_results(path, results.values())
+    measured = dataclasses.replace(cfg, pass_rates=(str(path),), pass_rate_by="reward")
+    assert kept(measured, tokenizer) == [
+        ("seldom", 0.25), ("mostly", 0.75), ("never, one with a step", 0.0),
+    ]  # fmt: skip
+    assert rejects(measured) == [(n, "rewards_equal") for n in (1, 4, 6)]
 
 
 def test_one_completion_a_row_is_no_rate(tmp_path, measured, tokenizer):
