@@ -195,6 +195,13 @@ def per_device(
     )
 
 
+def platform() -> str:
+    """Return "cpu", "gpu" or "tpu", on which this will run: that of the mesh in force
+    (`jax.set_mesh`), else of the default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
 def on_any_device(flag: jax.Array) -> jax.Array:
     """Return whether `flag` holds here or, where the compiler cuts along `model` inside a
     `per_device`, on any data device: then loops hold collectives, and all must turn equally often.

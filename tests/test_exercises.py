@@ -149,6 +149,8 @@ WRONG = [
     ("group_advantages", advantages(group_std, signal=False), "noise becomes a training signal"),
     ("group_advantages", advantages(group_std, 0.0, signal=False), "0 / 0"),
     ("group_advantages", lambda r: (r - r.mean()) / (r.std(ddof=1) + 1e-4), "whole batch"),
+    ("group_advantages", lambda r: (r - r.mean()) / (r.std() + 1e-4), "axis=1, ddof=1"),
+    ("group_advantages", lambda r: r - r.mean(axis=1), "With keepdims=True a mean"),
     ("group_advantages", lambda r: (r - r.mean(0)) / (r.std(0, ddof=1) + 1e-4), "use axis=1"),
     ("token_weights", weights(grpo=lambda m, n, B, L: m / (B * L)), "that is Dr. GRPO"),
     ("token_weights", weights(grpo=lambda m, n, B, L: m / (B * m.shape[1])), "padded. length"),

@@ -13,22 +13,64 @@ import jax.numpy as jnp
 
 from gemma_cot.config import ModelConfig
 from gemma_cot.model.gemma import embed, hidden_states, lora_parts, unembed
+from gemma_cot.model.kernels.cpu import (
+    by_layer,
+    lengthen,
+    shared_attention,
+    stored,
+    summed_last,
+    weight_first,
+    write,
+)
 from gemma_cot.model.kernels.decode import decode_attention
-from gemma_cot.model.kernels.gradients import MASKED, softmax
 from gemma_cot.model.layers import block, rms_norm, rope_angles
 from gemma_cot.model.params import Params
 
 
 @flax.struct.dataclass
 class Cache:
-    """Keys (after norm and rotation) and values of every layer."""
+    """Keys (after norm and rotation) and values of every layer: one LPSKH or LBSKH array of all.
 
-    prompt_k_LPSKH: jax.Array  # S = prompt width
-    prompt_v_LPSKH: jax.Array
-    tail_k_LBSKH: jax.Array  # S = max_new_tokens, a ring; B = P * G
-    tail_v_LBSKH: jax.Array
+    On a CPU one array a layer, keys [P * K, H, S], values [P * K, S, H] (B for tails): what XLA's
+    products read as it lies. It would copy a layer out of a stack, and another order, every token.
+    """
+
+    prompt_k: tuple[jax.Array, ...]  # S = prompt width
+    prompt_v: tuple[jax.Array, ...]
+    tail_k: tuple[jax.Array, ...]  # S = max_new_tokens, a ring; B = P * G
+    tail_v: tuple[jax.Array, ...]
     start_P: jax.Array  # first real column of each prompt, int32
     began_P: jax.Array  # clock at which the completions of each prompt began, int32
+
+    @property
+    def width(self) -> int:
+        """The columns of a prompt."""
+        return self.prompt_v[0].shape[self.prompt_v[0].ndim // 2]
+
+    @property
+    def ring(self) -> int:
+        """The columns of a tail."""
+        return self.tail_v[0].shape[self.tail_v[0].ndim // 2]
+
+
+@flax.struct.dataclass
+class DecodeWeights:
+    """What `decode_step` reads: the parameters, and (layer, adapters or None) of all layers in one
+    stack; on a CPU of each layer, its weights as `weight_first` wants them."""
+
+    params: Params
+    layers: tuple
+    scale: float = flax.struct.field(pytree_node=False)  # of the adapters
+
+
+def decode_weights(params: Params, cfg: ModelConfig, lora) -> DecodeWeights:
+    """Return the weights for `decode_step`, on a CPU a copy: to be called before a loop."""
+    adapters, scale = lora_parts(lora, params["embed"].dtype)
+    if not by_layer(cfg):
+        return DecodeWeights(params, ((params["layers"], adapters),), scale)
+    layers = summed_last(params["layers"]), adapters
+    each = (jax.tree.map(lambda x, i=i: x[i], layers) for i in range(cfg.num_layers))
+    return DecodeWeights(params, tuple(each), scale)
 
 
 @jax.named_scope("prefill")
@@ -40,21 +82,22 @@ def prefill(
     return unembed(params, x_PTD[:, -1]), kv_LPSKH
 
 
-def new_cache(kv_LPSKH: tuple, start_P: jax.Array, num_rows: int, max_new_tokens: int) -> Cache:
+def new_cache(
+    cfg: ModelConfig, kv_LPSKH: tuple, start_P: jax.Array, num_rows: int, max_new_tokens: int
+) -> Cache:
     """Return the cache of rows about to begin at clock 0, num_rows / P to a prompt."""
-    k_LPSKH, v_LPSKH = kv_LPSKH
-    L, P, _, K, H = k_LPSKH.shape
-    tail = jnp.zeros((L, num_rows, max_new_tokens, K, H), k_LPSKH.dtype)
-    return Cache(k_LPSKH, v_LPSKH, tail, tail, start_P, jnp.zeros((P,), jnp.int32))
+    L, P, _, K, H = kv_LPSKH[0].shape
+    tail = jnp.zeros((L, num_rows, max_new_tokens, K, H), kv_LPSKH[0].dtype)
+    prompts, tails = stored(cfg, kv_LPSKH), stored(cfg, (tail, tail))
+    return Cache(*prompts, *tails, start_P, jnp.zeros((P,), jnp.int32))
 
 
 def widen(cache: Cache, ring: int) -> Cache:
     """Return the cache with tails of `ring` columns; no tail may have run over its end before."""
-    more = [(0, 0), (0, 0), (0, ring - cache.tail_k_LBSKH.shape[2]), (0, 0), (0, 0)]
-    return cache.replace(
-        tail_k_LBSKH=jnp.pad(cache.tail_k_LBSKH, more),
-        tail_v_LBSKH=jnp.pad(cache.tail_v_LBSKH, more),
-    )
+    tails = zip(cache.tail_k, cache.tail_v, strict=True)
+    wider = [lengthen(*tail, ring - cache.ring) for tail in tails]
+    tail_k, tail_v = zip(*wider, strict=True)
+    return cache.replace(tail_k=tail_k, tail_v=tail_v)
 
 
 def decode_masks(cache: Cache, clock: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
@@ -67,7 +110,7 @@ def decode_masks(cache: Cache, clock: jax.Array, window: int) -> tuple[jax.Array
         global  . 1 1 1 | q 1 1
         local   . . . . | q 1 1
     """
-    width, ring = cache.prompt_k_LPSKH.shape[2], cache.tail_k_LBSKH.shape[2]
+    width, ring = cache.width, cache.ring
     token_P1 = (clock - cache.began_P)[:, None]  # number of the token in its completion
     column_S = jnp.arange(width)[None, :]
     real_PS = column_S >= cache.start_P[:, None]
@@ -80,55 +123,47 @@ def decode_masks(cache: Cache, clock: jax.Array, window: int) -> tuple[jax.Array
     )
 
 
-def shared_attention(q_BNH, prompt_k_PSKH, prompt_v_PSKH, tail_k_BSKH, tail_v_BSKH, masks):
-    """Return attention of one query per row over its prompt's cache and its own tail, `mix_BNH`.
+def over_layers(run, cfg: ModelConfig, weights: DecodeWeights, cache: Cache, x_BTD) -> tuple:
+    """Return (x_BTD, (tail_k, tail_v)) after `run(x_BTD, (layer, adapter), is_global, index,
+    prompts, tails) -> (x_BTD, tails)` of every layer.
 
-    One softmax over both parts; the prompt's keys are read once for all G rows of the prompt.
+    Layers are scanned, the tails being the scan's carry, so that XLA updates them in place; on a
+    CPU, where it would copy each layer's weights out of their stack, the loop is written out.
     """
-    prompt_PS, tail_PS = masks
-    B, N, H = q_BNH.shape
-    P, S, K, _ = prompt_k_PSKH.shape
-    f32 = jnp.float32
-    q_BKQH = q_BNH.reshape(B, K, N // K, H)
-    q_PGKQH = q_BKQH.reshape(P, B // P, K, N // K, H)
-    on_prompt = jnp.einsum("PGKQH,PSKH->PGKQS", q_PGKQH, prompt_k_PSKH, preferred_element_type=f32)
-    on_tail = jnp.einsum("BKQH,BSKH->BKQS", q_BKQH, tail_k_BSKH, preferred_element_type=f32)
-    on_prompt = jnp.where(prompt_PS[:, None, None, None], on_prompt, MASKED)
-    tail_BS = jnp.repeat(tail_PS, B // P, axis=0)
-    on_tail = jnp.where(tail_BS[:, None, None], on_tail, MASKED)
-    scores = jnp.concatenate([on_prompt.reshape(B, K, N // K, S), on_tail], axis=-1)
-    weight = softmax(scores).astype(q_BNH.dtype)
-    w_PGKQS = weight[..., :S].reshape(P, B // P, K, N // K, S)
-    mix_BKQH = jnp.einsum("PGKQS,PSKH->PGKQH", w_PGKQS, prompt_v_PSKH).reshape(B, K, N // K, H)
-    mix_BKQH = mix_BKQH + jnp.einsum("BKQS,BSKH->BKQH", weight[..., S:], tail_v_BSKH)
-    return mix_BKQH.reshape(B, N, H)
+    caches = zip(cache.prompt_k, cache.prompt_v, cache.tail_k, cache.tail_v, strict=True)
+    if by_layer(cfg):
+        tails = []
+        for index, (here, parts) in enumerate(zip(weights.layers, caches, strict=True)):
+            is_global = int(cfg.global_layers[index])
+            x_BTD, grown = run(x_BTD, here, is_global, index, parts[:2], parts[2:])
+            tails.append(grown)
+        return x_BTD, tuple(zip(*tails, strict=True))
+    (parts,) = caches
+
+    def layer_step(carry, xs):
+        return run(carry[0], *xs, parts[:2], carry[1]), None
+
+    is_global_L = jnp.asarray(cfg.global_layers, jnp.int32)
+    xs = (*weights.layers, is_global_L, jnp.arange(cfg.num_layers))
+    (x_BTD, (tail_k, tail_v)), _ = jax.lax.scan(layer_step, (x_BTD, parts[2:]), xs)
+    return x_BTD, ((tail_k,), (tail_v,))
 
 
 @jax.named_scope("decode_step")
 def decode_step(
-    params: Params, cfg: ModelConfig, token_B: jax.Array, clock: jax.Array, cache: Cache, lora
+    weights: DecodeWeights, cfg: ModelConfig, token_B: jax.Array, clock: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    """Run one token of every row, that of `clock`. Returns (logits_BV of the next token, cache).
-
-    The tail caches are the layer scan's carry, so that XLA updates them in place.
-    """
-    B = token_B.shape[0]
-    L, P, width = cache.prompt_k_LPSKH.shape[:3]
-    ring = cache.tail_k_LBSKH.shape[2]
+    """Run one token of every row, that of `clock`. Returns (logits_BV of the next token, cache)."""
+    B, P, width, ring = len(token_B), len(cache.start_P), cache.width, cache.ring
     position_B = jnp.repeat(width + clock - cache.began_P - cache.start_P, B // P)
     angle_2BTh = rope_angles(cfg, position_B[:, None])
     prompt_2PS, tail_2PS = decode_masks(cache, clock, cfg.window)
-    adapters, scale = lora_parts(lora, params["embed"].dtype)
+    product = weight_first if by_layer(cfg) else jnp.einsum
 
-    def layer_step(carry, xs):
-        x_BTD, tail_k, tail_v = carry
-        layer, adapter, is_global, index = xs
-
+    def run(x_BTD, layer_and_adapter, is_global, index, prompts, tails):
         def attend(q_BTNH, k_BTKH, v_BTKH):
-            at = (index, 0, clock % ring, 0, 0)
-            new_k = jax.lax.dynamic_update_slice(tail_k, k_BTKH[None], at)
-            new_v = jax.lax.dynamic_update_slice(tail_v, v_BTKH[None], at)
-            caches = cache.prompt_k_LPSKH, cache.prompt_v_LPSKH, new_k, new_v
+            grown = write(*tails, k_BTKH, v_BTKH, clock % ring, index)
+            caches = (*prompts, *grown)
             if cfg.attention == "pallas":
                 window = jnp.where(is_global, width + ring, cfg.window)
                 mix_BNH = decode_attention(
@@ -136,19 +171,15 @@ def decode_step(
                 )
             else:
                 masks = prompt_2PS[is_global], tail_2PS[is_global]
-                mix_BNH = shared_attention(q_BTNH[:, 0], *(x[index] for x in caches), masks)
-            return mix_BNH[:, None], (new_k, new_v)
+                caches = caches if by_layer(cfg) else (x[index] for x in caches)
+                mix_BNH = shared_attention(q_BTNH[:, 0], *caches, masks)
+            return mix_BNH[:, None], grown
 
-        x_BTD, tails = block(cfg, x_BTD, layer, adapter, scale, angle_2BTh[is_global], attend)
-        return (x_BTD, *tails), None
+        angle_BTh = angle_2BTh[is_global]
+        return block(cfg, x_BTD, *layer_and_adapter, weights.scale, angle_BTh, attend, product)
 
-    xs = (
-        params["layers"],
-        adapters,
-        jnp.asarray(cfg.global_layers, jnp.int32),
-        jnp.arange(L),
-    )
-    carry = (embed(params, cfg, token_B[:, None]), cache.tail_k_LBSKH, cache.tail_v_LBSKH)
-    (x_BTD, tail_k, tail_v), _ = jax.lax.scan(layer_step, carry, xs)
-    x_BD = rms_norm(x_BTD[:, 0], params["final_norm"], cfg.norm_eps)
-    return unembed(params, x_BD), cache.replace(tail_k_LBSKH=tail_k, tail_v_LBSKH=tail_v)
+    x_BTD = embed(weights.params, cfg, token_B[:, None])
+    x_BTD, (tail_k, tail_v) = over_layers(run, cfg, weights, cache, x_BTD)
+    x_BD = rms_norm(x_BTD[:, 0], weights.params["final_norm"], cfg.norm_eps)
+    logits_BV = unembed(weights.params, x_BD, product)
+    return logits_BV, cache.replace(tail_k=tail_k, tail_v=tail_v)

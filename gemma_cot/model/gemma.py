@@ -139,9 +139,9 @@ def group_states(
 
 
 @jax.named_scope("unembed")
-def unembed(params: Params, x_BTD: jax.Array) -> jax.Array:
+def unembed(params: Params, x_BTD: jax.Array, product=jnp.einsum) -> jax.Array:
     """Return float32 logits of hidden states against the tied embedding, last axis V."""
-    return jnp.einsum("...D,VD->...V", x_BTD, params["embed"], preferred_element_type=jnp.float32)
+    return product("...D,VD->...V", x_BTD, params["embed"], preferred_element_type=jnp.float32)
 
 
 def logits(

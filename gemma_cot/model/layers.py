@@ -46,13 +46,13 @@ def apply_rope(x_BTNH: jax.Array, angle_BTh: jax.Array) -> jax.Array:
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTNH.dtype)
 
 
-def linear(einsum: str, x: jax.Array, layer: dict, name: str, lora: dict | None, scale: float):
-    """Return einsum(x, w) plus, when `lora` has `name`, scale * (x·a)·b.
+def linear(einsum: str, x, layer: dict, name: str, lora, scale: float, product=jnp.einsum):
+    """Return product(einsum, x, w) plus, when `lora` has `name`, scale * (x·a)·b.
 
     The only place where an adapter meets a weight. y = W x + (alpha / r) B A x,
     Hu et al. 2021 (arXiv:2106.09685), section 4.1.
     """
-    y = jnp.einsum(einsum, x, layer[name])
+    y = product(einsum, x, layer[name])
     if lora is not None and name in lora:
         a, b = (lora[name][part].astype(x.dtype) for part in ("a", "b"))
         y = y + scale * lora_product(einsum, x, a, b)
@@ -105,29 +105,30 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS:
 
 
 @jax.named_scope("mlp")
-def mlp(x_BTD: jax.Array, layer: dict, lora: dict | None, scale: float) -> jax.Array:
+def mlp(x_BTD, layer: dict, lora: dict | None, scale: float, product=jnp.einsum) -> jax.Array:
     """Return down(gelu_tanh(gate(x)) * up(x)), the gated MLP of Gemma."""
-    gate_BTF = linear("BTD,DF->BTF", x_BTD, layer, "gate", lora, scale)
-    up_BTF = linear("BTD,DF->BTF", x_BTD, layer, "up", lora, scale)
+    gate_BTF = linear("BTD,DF->BTF", x_BTD, layer, "gate", lora, scale, product)
+    up_BTF = linear("BTD,DF->BTF", x_BTD, layer, "up", lora, scale, product)
     hidden_BTF = jax.nn.gelu(gate_BTF, approximate=True) * up_BTF
-    return linear("BTF,FD->BTD", hidden_BTF, layer, "down", lora, scale)
+    return linear("BTF,FD->BTD", hidden_BTF, layer, "down", lora, scale, product)
 
 
-def block(cfg: ModelConfig, x_BTD, layer, lora, scale, angle_BTh, attend):
+def block(cfg: ModelConfig, x_BTD, layer, lora, scale, angle_BTh, attend, product=jnp.einsum):
     """Run one layer: norms before and after both attention and MLP, residuals around each pair.
 
     `attend(q_BTNH, k_BTKH, v_BTKH) -> (mix_BTNH, kept)` decides what is attended to and what is
-    kept of the new keys and values. Returns (x_BTD, kept).
+    kept of the new keys and values. product: how x meets a weight, `jnp.einsum` or `weight_first`.
+    Returns (x_BTD, kept).
     """
     h_BTD = rms_norm(x_BTD, layer["pre_attn_norm"], cfg.norm_eps)
-    q_BTNH = linear("BTD,DNH->BTNH", h_BTD, layer, "q", lora, scale)
-    k_BTKH = linear("BTD,DKH->BTKH", h_BTD, layer, "k", lora, scale)
-    v_BTKH = linear("BTD,DKH->BTKH", h_BTD, layer, "v", lora, scale)
+    q_BTNH = linear("BTD,DNH->BTNH", h_BTD, layer, "q", lora, scale, product)
+    k_BTKH = linear("BTD,DKH->BTKH", h_BTD, layer, "k", lora, scale, product)
+    v_BTKH = linear("BTD,DKH->BTKH", h_BTD, layer, "v", lora, scale, product)
     q_BTNH = apply_rope(rms_norm(q_BTNH, layer["q_norm"], cfg.norm_eps), angle_BTh)
     k_BTKH = apply_rope(rms_norm(k_BTKH, layer["k_norm"], cfg.norm_eps), angle_BTh)
     mix_BTNH, kept = attend(q_BTNH * cfg.query_scalar**-0.5, k_BTKH, v_BTKH)
-    out_BTD = linear("BTNH,NHD->BTD", mix_BTNH, layer, "o", lora, scale)
+    out_BTD = linear("BTNH,NHD->BTD", mix_BTNH, layer, "o", lora, scale, product)
     x_BTD = x_BTD + rms_norm(out_BTD, layer["post_attn_norm"], cfg.norm_eps)
     h_BTD = rms_norm(x_BTD, layer["pre_mlp_norm"], cfg.norm_eps)
-    out_BTD = mlp(h_BTD, layer, lora, scale)
+    out_BTD = mlp(h_BTD, layer, lora, scale, product)
     return x_BTD + rms_norm(out_BTD, layer["post_mlp_norm"], cfg.norm_eps), kept

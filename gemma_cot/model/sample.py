@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_cot.axes import on_any_device, per_device
+from gemma_cot.axes import on_any_device, per_device, round_up
 from gemma_cot.config import ModelConfig
-from gemma_cot.model.cache import Cache, decode_step, new_cache, prefill, widen
+from gemma_cot.model.cache import Cache, decode_step, decode_weights, new_cache, prefill, widen
+from gemma_cot.model.kernels.cpu import stored
 from gemma_cot.model.params import Params
 
 REFILL_SHARE = 8  # rows that wait are let in when at least 1/8 of the slots are idle
+PART = 128  # tokens of the vocabulary whose probabilities are first summed
 TAIL_STEP = 128  # rows that all begin at once have tails that grow by this many columns
 
 
@@ -79,21 +81,38 @@ def prompt_hash(tokens_PT: jax.Array, start_P: jax.Array) -> jax.Array:
 def draw(logits_BV: jax.Array, key_B: jax.Array, temperature: float) -> tuple:
     """Draw one token a row by inverting the CDF with a single uniform; temperature 0 is argmax.
 
-    Returns (token_B int32, logp_B float32 at `temperature`, or at 1 when greedy).
+    The CDF of the parts of the vocabulary says in which part, its own CDF where in the part (here C
+    counts the tokens of a part). Returns (token_B int32, logp_B float32 at `temperature`, or at 1
+    when greedy).
     """
+    B, V = logits_BV.shape
     scaled_BV = logits_BV / (temperature or 1.0)
-    logp_BV = jax.nn.log_softmax(scaled_BV, axis=-1)
+    top_B1 = scaled_BV.max(axis=-1, keepdims=True)
+    e_BV = jnp.exp(scaled_BV - top_B1)
+    more = round_up(V, PART) - V
+    part_cdf = jnp.cumsum(jnp.pad(e_BV, ((0, 0), (0, more))).reshape(B, -1, PART).sum(-1), axis=-1)
+    total_B1 = part_cdf[:, -1:]
     if temperature == 0:
         token_B = jnp.argmax(logits_BV, axis=-1)
     else:
-        cdf_BV = jnp.cumsum(jnp.exp(logp_BV), axis=-1)
-        total_B = cdf_BV[:, -1]
-        u_B = jax.vmap(jax.random.uniform)(key_B) * total_B
-        # below the total even after rounding, so that the token found has positive probability
-        u_B = jnp.minimum(u_B, jnp.nextafter(total_B, jnp.zeros_like(total_B)))
-        token_B = jnp.sum(cdf_BV <= u_B[:, None], axis=-1)
+        u_B1 = jax.vmap(jax.random.uniform)(key_B)[:, None] * total_B1
+        part_B1 = count_up_to(part_cdf, u_B1)
+        before_B1 = jnp.take_along_axis(jnp.pad(part_cdf, ((0, 0), (1, 0))), part_B1, axis=-1)
+        column_BC = part_B1 * PART + jnp.arange(PART)[None, :]
+        e_BC = jnp.take_along_axis(e_BV, column_BC, axis=-1, mode="fill", fill_value=0)
+        in_part = count_up_to(jnp.cumsum(e_BC, axis=-1), u_B1 - before_B1)
+        token_B = (part_B1 * PART + in_part)[:, 0]
     token_B = token_B.astype(jnp.int32)
+    logp_BV = scaled_BV - top_B1 - jnp.log(total_B1)
     return token_B, jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)[:, 0]
+
+
+def count_up_to(cdf_BC: jax.Array, u_B1: jax.Array) -> jax.Array:
+    """Return how many entries of each row are at most u: the index of the first above u, whose
+    probability is positive. u is kept below the last entry, even after rounding."""
+    last_B1 = cdf_BC[:, -1:]
+    u_B1 = jnp.minimum(u_B1, jnp.nextafter(last_B1, jnp.zeros_like(last_B1)))
+    return jnp.sum(cdf_BC <= u_B1, axis=-1, keepdims=True, dtype=jnp.int32)
 
 
 def row_keys(key: jax.Array, prompt_P: jax.Array, num_completions: int) -> jax.Array:
@@ -127,7 +146,9 @@ def draw_next(queue: Queue, loop: Loop, logits_BV: jax.Array, temperature: float
     return draw(logits_BV, key_B, temperature)
 
 
-def begin(queue: Queue, loop: Loop, temperature: float, stop_ids: tuple[int, ...]) -> Loop:
+def begin(
+    cfg: ModelConfig, queue: Queue, loop: Loop, temperature: float, stop_ids: tuple[int, ...]
+) -> Loop:
     """Give every idle slot the next row of the queue, and draw that row's first token."""
     N, P = len(queue.key_N), len(queue.start_P)
     row_B = loop.next_row + jnp.cumsum(loop.done_B, dtype=jnp.int32) - 1
@@ -140,10 +161,10 @@ def begin(queue: Queue, loop: Loop, temperature: float, stop_ids: tuple[int, ...
         began_B=jnp.where(new_B, loop.clock, loop.began_B),
     )
     if len(row_B) < N:  # each slot has its prompt's cache to itself
-        k_LBSKH, v_LBSKH = (kv_LPSKH[:, prompt_B] for kv_LPSKH in queue.kv_LPSKH)
+        k, v = stored(cfg, tuple(kv_LPSKH[:, prompt_B] for kv_LPSKH in queue.kv_LPSKH))
         cache = loop.cache.replace(
-            prompt_k_LPSKH=k_LBSKH,
-            prompt_v_LPSKH=v_LBSKH,
+            prompt_k=k,
+            prompt_v=v,
             start_P=queue.start_P[prompt_B],
             began_P=loop.began_B,
         )
@@ -152,7 +173,7 @@ def begin(queue: Queue, loop: Loop, temperature: float, stop_ids: tuple[int, ...
     return record(loop, drawn, new_B, stop_ids)
 
 
-def idle_loop(queue: Queue, B: int, ring: int, T: int) -> Loop:
+def idle_loop(cfg: ModelConfig, queue: Queue, B: int, ring: int, T: int) -> Loop:
     """Return the loop before its first row: B idle slots with tails of `ring` columns, rows of at
     most T tokens."""
     N = len(queue.key_N)
@@ -168,7 +189,7 @@ def idle_loop(queue: Queue, B: int, ring: int, T: int) -> Loop:
         began_B=zeros_B,
         done_B=jnp.ones((B,), bool),
         token_B=zeros_B,
-        cache=new_cache(kv, start, B, ring),
+        cache=new_cache(cfg, kv, start, B, ring),
         tokens_NT=jnp.zeros((N, T), jnp.int32),
         logp_NT=jnp.zeros((N, T), jnp.float32),
         length_N=jnp.zeros((N,), jnp.int32),
@@ -198,18 +219,20 @@ def sample_rows(
     B = min(slots or N, N)
     queue = Queue(key_N, *prefill(params, cfg, tokens_PT, start_P, lora), start_P)
 
+    weights = decode_weights(params, cfg, lora)
+
     def decode(loop: Loop) -> Loop:
-        logits_BV, cache = decode_step(params, cfg, loop.token_B, loop.clock, loop.cache, lora)
+        logits_BV, cache = decode_step(weights, cfg, loop.token_B, loop.clock, loop.cache)
         loop = loop.replace(clock=loop.clock + 1, cache=cache)
         drawn = draw_next(queue, loop, logits_BV, temperature)
         return record(loop, drawn, ~loop.done_B, stop_ids)
 
     def fill(loop: Loop) -> Loop:
-        return begin(queue, loop, temperature, stop_ids)
+        return begin(cfg, queue, loop, temperature, stop_ids)
 
     if B == N:  # one loop per width of the tails: short completions read short tails
         widths = [*range(TAIL_STEP, max_new_tokens - TAIL_STEP // 2, TAIL_STEP), max_new_tokens]
-        loop = fill(idle_loop(queue, B, widths[0], max_new_tokens))
+        loop = fill(idle_loop(cfg, queue, B, widths[0], max_new_tokens))
         for width in widths:
             loop = loop.replace(cache=widen(loop.cache, width))
             loop = jax.lax.while_loop(
@@ -227,7 +250,7 @@ def sample_rows(
         loop = jax.lax.while_loop(
             lambda loop: on_any_device((loop.next_row < N) | ~loop.done_B.all()),
             lambda loop: jax.lax.while_loop(goes_on, decode, fill(loop)),
-            idle_loop(queue, B, max_new_tokens, max_new_tokens),
+            idle_loop(cfg, queue, B, max_new_tokens, max_new_tokens),
         )
     decoded = (loop.length_N - 1).sum().astype(jnp.float32)
     useful = decoded / jnp.maximum(loop.clock * B, 1).astype(jnp.float32)

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_cot.model.cache import Cache, decode_masks, decode_step, new_cache, prefill
+from gemma_cot.model.cache import (
+    Cache,
+    decode_masks,
+    decode_step,
+    decode_weights,
+    new_cache,
+    prefill,
+)
 from gemma_cot.model.gemma import logits
 from gemma_cot.model.layers import causal_mask
 
@@ -32,12 +39,13 @@ def by_cache(params, cfg, tokens_BT, lora=None, began: int = 0) -> np.ndarray:
     first = jax.jit(prefill, static_argnames="cfg")
     step = jax.jit(decode_step, static_argnames="cfg")
     logits_PV, kv = first(params, cfg, tokens_BT[::G, :WIDTH], START_P, lora)
-    cache = new_cache(kv, START_P, len(tokens_BT), TAIL)
+    weights = jax.jit(decode_weights, static_argnames="cfg")(params, cfg, lora)
+    cache = new_cache(cfg, kv, START_P, len(tokens_BT), TAIL)
     cache = cache.replace(began_P=np.full(3, began, np.int32))
     out = [np.repeat(logits_PV, G, axis=0)]
     for i in range(TAIL):
         clock = np.int32(began + i)
-        logits_BV, cache = step(params, cfg, tokens_BT[:, WIDTH + i], clock, cache, lora)
+        logits_BV, cache = step(weights, cfg, tokens_BT[:, WIDTH + i], clock, cache)
         out.append(np.asarray(logits_BV))
     return np.stack(out, axis=1)
 
@@ -63,7 +71,8 @@ def masks(width: int, starts, tail: int, clock: int, window: int, began=0) -> li
     """Return the masks of `decode_masks` of each prompt as strings: [global, local]."""
     none = jnp.zeros((1, len(starts), width, 1, 1)), jnp.zeros((1, len(starts), tail, 1, 1))
     starts = jnp.asarray(starts, jnp.int32)
-    cache = Cache(none[0], none[0], none[1], none[1], starts, jnp.full_like(starts, began))
+    parts = ((none[i],) for i in (0, 0, 1, 1))
+    cache = Cache(*parts, starts, jnp.full_like(starts, began))
     parts_2PS = [np.asarray(part) for part in decode_masks(cache, jnp.int32(clock), window)]
     mask_2PS = np.concatenate(parts_2PS, axis=2)
     return [

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gemma_cot.config import GEMMA3_1B, GEMMA3_12B, ModelConfig
-from gemma_cot.model.cache import decode_step, new_cache
+from gemma_cot.model.cache import decode_step, decode_weights, new_cache
 from gemma_cot.plan import cost
 from gemma_cot.plan.chips import CHIPS, Chip
 from gemma_cot.plan.clock import phases_of
@@ -47,11 +47,14 @@ def test_flops_of_a_decode_step_are_those_that_xla_counts(make_setup):
                        max_completion_tokens=48, lora_rank=32)  # fmt: skip
     kv = jax.ShapeDtypeStruct((1, 8, 64, 2, 128), jnp.float32)
     start_P = jax.ShapeDtypeStruct((8,), jnp.int32)
-    cache = jax.eval_shape(lambda kv, start_P: new_cache(kv, start_P, 32, 48), (kv, kv), start_P)
+    cache = jax.eval_shape(lambda *args: new_cache(WIDE, *args, 32, 48), (kv, kv), start_P)
     token_B, clock = jax.ShapeDtypeStruct((32,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     step = jax.jit(decode_step, static_argnames="cfg")
     with jax.set_mesh(setup.mesh):
-        lowered = step.lower(setup.params, WIDE, token_B, clock, cache, setup.state.lora)
+        weights = jax.eval_shape(
+            lambda params, lora: decode_weights(params, WIDE, lora), setup.params, setup.state.lora
+        )
+        lowered = step.lower(weights, WIDE, token_B, clock, cache)
     ours = cost.decode_step(Share(WIDE, 32, 1, 1, 4), 32, 8, 64, 48).flops
     np.testing.assert_allclose(ours, lowered.cost_analysis()["flops"], rtol=0.02)
 

@@ -8,7 +8,8 @@ log-prob from `logprob`. The kernels do not import this file, so that the model 
 import jax
 import jax.numpy as jnp
 
-from gemma_cot.model.cache import Cache, decode_masks, shared_attention
+from gemma_cot.model.cache import Cache, decode_masks
+from gemma_cot.model.kernels.cpu import shared_attention
 from gemma_cot.model.layers import attention, causal_mask
 from gemma_cot.model.logprob import chosen_and_entropy
 
@@ -48,9 +49,9 @@ def decode_attention(
     clock - began_p, in column clock mod S of the tail, a ring. It sees prompt columns from start_p
     on and its own tokens, those nearer than `window` if given.
     """
-    parts = (prompt_k_PSKH, prompt_v_PSKH, tail_k_BSKH, tail_v_BSKH)
     began_P = jnp.zeros_like(start_P) if began_P is None else began_P
-    cache = Cache(*(part[None] for part in parts), start_P, began_P)
+    parts = (prompt_k_PSKH, prompt_v_PSKH, tail_k_BSKH, tail_v_BSKH)
+    cache = Cache(*((part[None],) for part in parts), start_P, began_P)
     prompt_2PS, tail_2PS = decode_masks(cache, clock, 1 if window is None else window)
     is_global = int(window is None)
     return shared_attention(q_BNH, *parts, (prompt_2PS[is_global], tail_2PS[is_global]))

@@ -7,15 +7,13 @@ those of the tile, not of the whole array.
 import jax
 import jax.numpy as jnp
 
+from gemma_cot.axes import platform
 from gemma_cot.model.kernels.gradients import MASKED
 
 
 def interpreted(interpret: bool | None) -> bool:
-    """Return `interpret`, or when None whether this will run on anything but a TPU: on the mesh in
-    force (`jax.set_mesh`), else on the default backend."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = device.platform if device is not None else jax.default_backend()
-    return platform != "tpu" if interpret is None else interpret
+    """Return `interpret`, or when None whether this will run on anything but a TPU."""
+    return platform() != "tpu" if interpret is None else interpret
 
 
 def check_head_dim(head_dim: int, interpret: bool) -> None:

@@ -1,0 +1,121 @@
+"""Decoding on a CPU: how weights and caches must lie for XLA's products to read them as they are,
+and attention of one new token per row in plain jnp, for that layout and for stacked layers.
+
+XLA's CPU backend copies a layer out of a stack of layers, and a factor that is in another order,
+every time it is used; when decoding, that costs more than the products.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from gemma_cot.axes import platform
+from gemma_cot.config import ModelConfig
+from gemma_cot.model.kernels.gradients import MASKED, lora_axes
+from gemma_cot.model.params import PARAM_TABLE
+
+
+def by_layer(cfg: ModelConfig) -> bool:
+    """Return whether decoding holds every layer by itself: on a CPU, except for kernels."""
+    return platform() == "cpu" and cfg.attention != "pallas"
+
+
+def weight_first(einsum: str, x: jax.Array, w: jax.Array, **options) -> jax.Array:
+    """Return einsum(x, w) of a weight whose summed axes are last, e.g. "BTD,DNH->BTNH" of w_NHD.
+
+    For few rows on a CPU, where XLA orders the second factor of a product anew each time: here it
+    is x, and the weight is read once, as it lies.
+    """
+    _, _, _, summed, kept = lora_axes(einsum)
+    size = math.prod(w.shape[len(kept) :])
+    y_OB = jnp.matmul(w.reshape(-1, size), x.reshape(-1, size).T, **options)
+    y_OB = jax.lax.optimization_barrier(y_OB)  # or XLA exchanges the factors again
+    return y_OB.T.reshape(*x.shape[: -len(summed)], *w.shape[: len(kept)])
+
+
+def summed_last(layers: dict) -> dict:
+    """Return stacked layers whose products' weights have the axes summed over last."""
+    layers = dict(layers)
+    for leaf in PARAM_TABLE:
+        if leaf.stacked and leaf.fan_in:
+            kept = "".join(letter for letter in leaf.letters if letter not in leaf.fan_in)
+            name = leaf.path.removeprefix("layers/")
+            layers[name] = jnp.einsum(f"{leaf.letters}->{kept}{leaf.fan_in}", layers[name])
+    return layers
+
+
+def stored(cfg: ModelConfig, kv_LBSKH: tuple[jax.Array, jax.Array]) -> tuple[tuple, tuple]:
+    """Return keys and values of all layers as a `Cache` holds them."""
+    if not by_layer(cfg):
+        return tuple((x,) for x in kv_LBSKH)
+    k_LBKHS, v_LBKSH = kv_LBSKH[0].transpose(0, 1, 3, 4, 2), kv_LBSKH[1].swapaxes(2, 3)
+    L = len(k_LBKHS)
+    return tuple(tuple(x.reshape(L, -1, *x.shape[3:])) for x in (k_LBKHS, v_LBKSH))
+
+
+def lengthen(k: jax.Array, v: jax.Array, more: int) -> tuple:
+    """Return the tails (k, v) with `more` columns at their end."""
+    k_axis, v_axis = (2, 2) if k.ndim == 5 else (2, 1)
+    return tuple(
+        jnp.pad(x, [(0, more * (i == axis)) for i in range(x.ndim)])
+        for x, axis in ((k, k_axis), (v, v_axis))
+    )
+
+
+def write(k: jax.Array, v: jax.Array, new_k_BTKH, new_v_BTKH, column, layer: int) -> tuple:
+    """Return the tails (k, v) with the keys and values of one token, T = 1, in `column`."""
+    update = jax.lax.dynamic_update_slice
+    if k.ndim == 5:
+        at = (layer, 0, column, 0, 0)
+        return update(k, new_k_BTKH[None], at), update(v, new_v_BTKH[None], at)
+    (rows, H, _), zero = k.shape, jnp.zeros_like(column)
+    k = update(k, new_k_BTKH.reshape(rows, H, 1), (zero, zero, column))
+    return k, update(v, new_v_BTKH.reshape(rows, 1, H), (zero, column, zero))
+
+
+def scores_of(q_BKRH: jax.Array, k: jax.Array) -> jax.Array:
+    """Return float32 `scores_BKRS` of R queries over the keys of a layer of a cache."""
+    if k.ndim == 4:
+        return jnp.einsum("BKRH,BSKH->BKRS", q_BKRH, k, preferred_element_type=jnp.float32)
+    (B, K, R, H), S = q_BKRH.shape, k.shape[2]
+    q, f32 = q_BKRH.reshape(B * K, R, H), jnp.float32
+    return jnp.matmul(q, k, preferred_element_type=f32).reshape(B, K, R, S)
+
+
+def mix_of(w_BKRS: jax.Array, v: jax.Array) -> jax.Array:
+    """Return `mix_BKRH`, the values of a layer of a cache weighted."""
+    if v.ndim == 4:
+        return jnp.einsum("BKRS,BSKH->BKRH", w_BKRS, v)
+    B, K, R, S = w_BKRS.shape
+    return (w_BKRS.reshape(B * K, R, S) @ v).reshape(B, K, R, -1)
+
+
+def shared_attention(q_BNH, prompt_k, prompt_v, tail_k, tail_v, masks):
+    """Return attention of one query per row over its prompt's cache and its own tail, `mix_BNH`.
+
+    One softmax over both parts; the prompt's keys are read once for all G rows of the prompt (here
+    R counts its G * Q queries).
+    """
+    prompt_PS, tail_PS = masks
+    (B, N, H), P = q_BNH.shape, len(prompt_PS)
+    K = prompt_k.shape[2] if prompt_k.ndim == 4 else len(prompt_k) // P
+    G, Q = B // P, N // K
+
+    def of_prompts(x_BKQ):
+        return x_BKQ.reshape(P, G, K, Q, -1).swapaxes(1, 2).reshape(P, K, G * Q, -1)
+
+    def of_rows(x_PKR):
+        return x_PKR.reshape(P, K, G, Q, -1).swapaxes(1, 2).reshape(B, K, Q, -1)
+
+    q_BKQH = q_BNH.reshape(B, K, Q, H)
+    seen_PKRS, seen_BKQS = prompt_PS[:, None, None], jnp.repeat(tail_PS, G, axis=0)[:, None, None]
+    on_prompt = jnp.where(seen_PKRS, scores_of(of_prompts(q_BKQH), prompt_k), MASKED)
+    on_tail = jnp.where(seen_BKQS, scores_of(q_BKQH, tail_k), MASKED)
+    # The softmax of both parts side by side, which are never put side by side.
+    top_BKQ1 = jnp.maximum(of_rows(on_prompt.max(-1)), on_tail.max(-1, keepdims=True))
+    e_PKRS, e_BKQS = jnp.exp(on_prompt - of_prompts(top_BKQ1)), jnp.exp(on_tail - top_BKQ1)
+    total_BKQ1 = of_rows(e_PKRS.sum(-1)) + e_BKQS.sum(-1, keepdims=True)
+    w_PKRS = (e_PKRS / of_prompts(total_BKQ1)).astype(q_BNH.dtype)
+    w_BKQS = (e_BKQS / total_BKQ1).astype(q_BNH.dtype)
+    return (of_rows(mix_of(w_PKRS, prompt_v)) + mix_of(w_BKQS, tail_v)).reshape(B, N, H)
