@@ -1,5 +1,7 @@
 """`pytest exercises`: is each hole filled rightly, and if not, which usual mistake is it?"""
 
+import traceback
+
 import holes
 import numpy as np
 import pytest
@@ -17,7 +19,14 @@ def ask(name: str, *arguments, **columns):
     try:
         return getattr(holes, name)(*arguments, **columns)
     except NotImplementedError:
-        return tell(name, "the hole is empty; fill it in exercises/holes.py")
+        problem = "the hole is empty; fill it in exercises/holes.py"
+    except Exception as error:
+        calls = traceback.extract_tb(error.__traceback__)
+        own = [call for call in calls if call.filename == holes.__file__] or calls
+        problem = f"line {own[-1].lineno} of exercises/holes.py: {type(error).__name__}: {error}"
+        if "broadcast" in str(error):
+            problem += ". With keepdims=True a mean or sum keeps its axis, with size 1."
+    return tell(name, problem)
 
 
 def compare(name: str, got, want, mistakes: dict[str, object], hint: str) -> None:
@@ -56,6 +65,9 @@ def test_group_advantages():
                 (REWARD_PG - REWARD_PG.mean()) / (REWARD_PG.std(ddof=1) + 1e-4),
             "the division by the standard deviation is missing (that is Dr. GRPO's advantage).":
                 REWARD_PG - mean,
+            "mean and standard deviation run over the whole batch, and the latter not with G - 1; "
+            "a completion competes with its own group only: axis=1, ddof=1.":
+                (REWARD_PG - REWARD_PG.mean()) / (REWARD_PG.std() + 1e-4),
             "mean and standard deviation run over prompts; a group is a row: use axis=1.":
                 (REWARD_PG - REWARD_PG.mean(axis=0)) / (REWARD_PG.std(axis=0, ddof=1) + 1e-4),
         },
@@ -71,8 +83,8 @@ def test_group_advantages_of_equal_rewards():
         tell("group_advantages", "0 / 0 in a group whose rewards are equal: one NaN and the whole "
              "model is NaN. Such a group has advantage 0.")  # fmt: skip
     if (got != 0).any():
-        tell("group_advantages", "rewards that differ by float noise only (at most 1e-6) must give "
-             f"exactly 0, got {np.abs(got).max():.1e}. Divided by a tiny std, noise becomes a "
+        tell("group_advantages", "a group whose rewards are equal up to float noise (1e-6) must "
+             f"give exactly 0, got {np.abs(got).max():.1e}. Divided by a tiny std, noise becomes a "
              "training signal.")  # fmt: skip
 
 
