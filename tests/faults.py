@@ -59,7 +59,7 @@ class Faults:
         write_rows(folder)
         self.environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
             "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "WANDB_MODE": "disabled",
         }  # fmt: skip
         self.whole, self.stopped = folder / "whole", folder / "stopped"
         if not (self.whole / "summary.json").exists():
