@@ -27,6 +27,7 @@ PAGES = {
     "kv_cache": "kv_cache",
     "discard": "discard_never_truncate",
     "sft_first": "sft_first",
+    "three_pillars": "three_pillars",
 }
 LINK = re.compile(r"\]\((\w+\.md)\)")
 
@@ -155,6 +156,25 @@ def test_what_the_page_of_sft_claims():
     name = "answer_accuracy_interval"
     assert overlap(few["before"][name], few["after"][name])
     assert not overlap(few["after"][name], many["after"][name])
+
+
+def test_nine_runs_of_as_many_steps():
+    result = stored("three_pillars")
+    assert [len(seeds) for seeds in result["arms"].values()] == [3, 3, 3]
+    lengths = {len(curve) for seeds in result["arms"].values() for curves in seeds.values()
+               for curve in curves.values()}  # fmt: skip
+    assert lengths == {result["steps"]}
+    assert f"{result['steps']} steps of 8 prompts" in page("three_pillars")
+    assert f"{result['start']} steps into the SFT run" in page("three_pillars")
+    words = " ".join(page("three_pillars").split())
+    means = [
+        [100 * np.mean([np.mean(curves[metric][-5:]) for curves in seeds.values()])
+         for seeds in result["arms"].values()]
+        for metric in ("signal_share", "reward_outcome")
+    ]  # fmt: skip
+    signal, answers = ([f"{mean:.1f} %" for mean in three] for three in means)
+    assert f"{signal[0]} of them by outcome alone, {signal[1]} with format, {signal[2]}" in words
+    assert f"{answers[0]}, {answers[1]} and {answers[2]}: no mixture is above another" in words
 
 
 def functions_of(path: Path) -> set[str]:
