@@ -9,7 +9,18 @@ twice the limit. docs/discard_never_truncate.md discusses the numbers.
 
 import dataclasses
 
-from laboratory import RUNS, begin, percent, rates, say, series, sft, side_by_side, store
+from laboratory import (
+    RUNS,
+    begin,
+    markdown_table,
+    percent,
+    rates,
+    say,
+    series,
+    sft,
+    side_by_side,
+    store,
+)
 
 from gemma_cot.curves import BLUE, ORANGE, Line, Panel
 from gemma_cot.data import Encoded
@@ -59,17 +70,16 @@ def table(result: dict) -> str:
     """Return the table of the page."""
     names = ("limit", "rows over it", "steps", "never stop", "95 % interval", "full format",
              "mean tokens")  # fmt: skip
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    rows = []
     for limit, arms in result["limits"].items():
         for arm, label in ARMS.items():
             for step, rate in arms[arm]["after"].items():
                 low, high = rate["truncated_rate_interval"]
-                lines.append(
-                    f"| {limit} | {label} | {step} | {percent(rate['truncated_rate'])} | "
-                    f"{100 * low:.1f}–{100 * high:.1f} | "
-                    f"{percent(rate['full_format_accuracy'])} | {rate['tokens']:.1f} |"
-                )
-    return "\n".join(lines)
+                never, whole = rate["truncated_rate"], rate["full_format_accuracy"]
+                interval = f"{100 * low:.1f}–{100 * high:.1f}"
+                rows.append((limit, label, step, percent(never), interval, percent(whole),
+                             f"{rate['tokens']:.1f}"))  # fmt: skip
+    return markdown_table(names, rows)
 
 
 def draw(result: dict) -> str:

@@ -11,7 +11,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from laboratory import side_by_side, store
+from laboratory import markdown_table, side_by_side, store
 
 from gemma_cot.config import GEMMA3_1B, ModelConfig, embedded
 from gemma_cot.curves import BLUE, ORANGE, Line, Panel
@@ -87,16 +87,14 @@ def table(result: dict) -> str:
     """Return the table of the page."""
     names = ("tokens so far", "GFLOPs without", "with", "ratio", "cache, MiB", "tiny: ms without",
              "with")  # fmt: skip
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    rows = []
     for length in LENGTHS:
         without, with_ = (flops(GEMMA3_1B, length, cached) / 1e9 for cached in (False, True))
         times = result["ms"][str(length)]
-        lines.append(
-            f"| {length} | {without:,.0f} | {with_:.2f} | {without / with_:.0f} | "
-            f"{cache_bytes(GEMMA3_1B, length) / 2**20:.1f} | {times['without']:.2f} | "
-            f"{times['with']:.2f} |"
-        )
-    return "\n".join(lines)
+        kept = f"{cache_bytes(GEMMA3_1B, length) / 2**20:.1f}"
+        rows.append((length, f"{without:,.0f}", f"{with_:.2f}", f"{without / with_:.0f}", kept,
+                     f"{times['without']:.2f}", f"{times['with']:.2f}"))  # fmt: skip
+    return markdown_table(names, rows)
 
 
 def draw(result: dict) -> str:

@@ -54,12 +54,13 @@ def sft(run: Run, keep: tuple[int, ...] = ()) -> dict[int, object]:
 
 def starts(changes: dict, steps: tuple[int, ...]) -> dict[int, object]:
     """Return {SFT steps: adapter}, None for 0; from one SFT run of seed 0, which is made once and
-    kept in runs/experiments/sft."""
+    kept in runs/experiments/sft. Raises ValueError for one made with other code or settings."""
     changes = changes | dict(sft_steps=max(steps), checkpoint_every=50, keep_checkpoints=99)
     folder = RUNS / "sft"
-    kept = folder / "checkpoints" / str(max(steps))
-    run = prepare(settings(folder, **changes)) if kept.exists() else begin(folder, **changes)
-    if not kept.exists():
+    if (folder / "checkpoints" / str(max(steps))).exists():
+        run = prepare(settings(folder, **changes | dict(resume=True, overwrite=False)))
+    else:
+        run = begin(folder, **changes)
         sft(run)
     adapters = {step: saved_adapter(run.cfg, run.model_cfg, step)[0] for step in steps if step}
     return {step: run.place(adapters[step]) if step else None for step in steps}
@@ -128,6 +129,12 @@ def say(text: str) -> None:
     """Print a line at once."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def markdown_table(names: tuple[str, ...], rows: list[tuple]) -> str:
+    """Return a table of Markdown."""
+    head, *lines = (f"| {' | '.join(map(str, line))} |" for line in (names, *rows))
+    return "\n".join([head, "|---" * len(names) + "|", *lines])
 
 
 def percent(share: float) -> str:

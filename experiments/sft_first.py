@@ -10,6 +10,7 @@ from laboratory import (
     SHORT,
     begin,
     grpo,
+    markdown_table,
     percent,
     rates,
     say,
@@ -47,14 +48,15 @@ def measure_start(steps: int, lora) -> dict:
 
 def table(result: dict) -> str:
     """Return the table of the page."""
-    lines = ["| SFT steps | groups with signal, first 5 steps | full format: before → after GRPO "
-             "| answers right: before → after GRPO |", "|---|---|---|---|"]  # fmt: skip
+    names = ("SFT steps", "groups with signal, first 5 steps", "full format: before → after GRPO",
+             "answers right: before → after GRPO")  # fmt: skip
+    rows = []
     for steps, start in result["starts"].items():
         signal = sum(start["curves"]["signal_share"][:5]) / 5
         cells = [f"{percent(start['before'][name])} → {percent(start['after'][name])}"
                  for name in ("full_format_accuracy", "answer_accuracy")]  # fmt: skip
-        lines.append(f"| {steps} | {percent(signal)} | {cells[0]} | {cells[1]} |")
-    return "\n".join([*lines, "", *findings(result)])
+        rows.append((steps, percent(signal), *cells))
+    return "\n".join([markdown_table(names, rows), "", *findings(result)])
 
 
 def findings(result: dict) -> list[str]:

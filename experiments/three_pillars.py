@@ -7,7 +7,19 @@ discusses the numbers.
 """
 
 import numpy as np
-from laboratory import RUNS, SHORT, begin, grpo, percent, say, series, side_by_side, starts, store
+from laboratory import (
+    RUNS,
+    SHORT,
+    begin,
+    grpo,
+    markdown_table,
+    percent,
+    say,
+    series,
+    side_by_side,
+    starts,
+    store,
+)
 
 from gemma_cot.curves import BLUE, GREEN, ORANGE, Line, Panel
 
@@ -49,15 +61,15 @@ def last(values: list[float]) -> float:
 def table(result: dict) -> str:
     """Return the table of the page: means over the last steps, seed by seed, and their mean."""
     names = ("rewards", *(title.lower() for title in TITLES))
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    rows = []
     for arm, seeds in result["arms"].items():
         cells = []
         for metric in METRICS:
             ends = [last(curves[metric]) for curves in seeds.values()]
             one_by_one = ", ".join(f"{100 * end:.0f}" for end in ends)
             cells.append(f"{percent(float(np.mean(ends)))} ({one_by_one})")
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *findings(result)])
+        rows.append((arm, *cells))
+    return "\n".join([markdown_table(names, rows), "", *findings(result)])
 
 
 def findings(result: dict) -> list[str]:

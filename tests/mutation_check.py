@@ -129,6 +129,13 @@ MUTANTS = (
         "tests/model/test_layers.py",
     ),
     Mutant(
+        "draw: not counted from where the part of the vocabulary begins",
+        "model/sample.py",
+        "u_B1 - before_B1)",
+        "u_B1)",
+        "tests/model/test_sample.py",
+    ),
+    Mutant(
         "mean of micro-batch means",
         "grpo/step.py",
         "np.asarray(weight_BT)}",
@@ -140,14 +147,14 @@ MUTANTS = (
         "grpo/loss.py",
         "jnp.maximum(count_P1 - 1.0, 1.0)",
         "jnp.maximum(count_P1, 1.0)",
-        "tests/grpo/test_loss.py",
+        "tests/grpo/test_advantages.py",
     ),
     Mutant(
         "noise becomes signal",
         "grpo/loss.py",
         "high_P > low_P + tolerance",
         "high_P >= low_P",
-        "tests/grpo/test_loss.py",
+        "tests/grpo/test_advantages.py",
     ),
     Mutant("k1 for k3", "grpo/loss.py", "k3 = jnp.expm1(d) - d", "k3 = -d", "tests/grpo"),
     Mutant(
@@ -190,7 +197,7 @@ MUTANTS = (
         "grpo/loss.py",
         'centred_PG * (count_P1 / others_P1) if baseline != "mean" else centred_PG',
         "centred_PG",
-        "tests/grpo/test_loss.py",
+        "tests/grpo/test_advantages.py",
     ),
     Mutant(
         "KL in the reward and in the loss",

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from faults import SETTINGS, SLOW
+from fault_runs import SETTINGS, SLOW
 from small_runs import numbers, write_rows
 
 # Between checkpoints lie other numbers of updates than a rollout has; see the first one's end.

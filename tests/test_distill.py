@@ -219,6 +219,23 @@ def test_questions_given_up_are_open_and_come_in_the_next_run(make, tokenizer, m
         assert distill(cfg, KEY, tokenizer)["rows"] == 3
 
 
+def test_a_request_keeps_its_key_until_a_whole_reply_also_over_a_restart(
+    make, tokenizer, monkeypatch
+):
+    """A server that remembers keys gives a lost answer again; a useless one is of no use twice."""
+    scripted = problems(16, 1)
+    with TeacherServer(scripted) as server:
+        cfg = make(scripted, server.url, attempts=2)
+        for status, body in ((503, b"busy"), (200, b"no JSON")):
+            monkeypatch.setattr("teacher_server.play", always(status, body))
+            assert distill(cfg, KEY, tokenizer)["open"] == 1
+        monkeypatch.undo()
+        assert distill(cfg, KEY, tokenizer)["rows"] == 1
+        keys = [headers["Idempotency-Key"].rpartition("-") for headers in server.headers_seen]
+    assert [number for _, _, number in keys] == ["0", "0", "0", "1", "2"]
+    assert len({request for request, _, _ in keys}) == 1
+
+
 def test_a_server_that_never_answers_stops_the_run(make, tokenizer, monkeypatch):
     scripted = problems(6, 3)
     monkeypatch.setattr("teacher_server.play", always(429, b"{}"))

@@ -17,7 +17,7 @@ LEVELS = [
      "curves", "checkpoint", "grpo.answer", "grpo.reward", "grpo.loss", "scores",
      "tasks.arithmetic", "tasks.families", "tasks.dataset"],
     ["tokenizer", "results", "data", "optim", "model.params", "model.load",
-     "model.kernels.gradients", "model.kernels.cpu", "model.layers", "model.kernels",
+     "model.kernels.gradients", "model.kernels.layout", "model.layers", "model.kernels",
      "model.kernels.tiles", "model.kernels.logprob", "model.kernels.prefill",
      "model.kernels.decode", "model.gemma", "model.logprob", "model.cache", "model.sample",
      "model.kernels.reference"],

@@ -33,7 +33,7 @@ API = (
     ("data", "Tokens and rows", "tokenizer data"),
     ("model", "The model", "model.params model.load model.layers model.gemma model.logprob "
      "model.cache model.sample"),
-    ("kernels", "Kernels", "model.kernels.reference model.kernels.gradients model.kernels.cpu "
+    ("kernels", "Kernels", "model.kernels.reference model.kernels.gradients model.kernels.layout "
      "model.kernels.tiles model.kernels.logprob model.kernels.prefill model.kernels.decode"),
     ("lora", "LoRA", "lora.lora lora.peft"),
     ("optim", "Optimiser and SFT", "optim sft"),

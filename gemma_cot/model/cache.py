@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from gemma_cot.config import ModelConfig
 from gemma_cot.model.gemma import embed, hidden_states, lora_parts, unembed
-from gemma_cot.model.kernels.cpu import (
+from gemma_cot.model.kernels.decode import decode_attention
+from gemma_cot.model.kernels.layout import (
     by_layer,
     lengthen,
     shared_attention,
@@ -22,7 +23,6 @@ from gemma_cot.model.kernels.cpu import (
     weight_first,
     write,
 )
-from gemma_cot.model.kernels.decode import decode_attention
 from gemma_cot.model.layers import block, rms_norm, rope_angles
 from gemma_cot.model.params import Params
 

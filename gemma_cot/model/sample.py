@@ -18,7 +18,7 @@ import numpy as np
 from gemma_cot.axes import on_any_device, per_device, round_up
 from gemma_cot.config import ModelConfig
 from gemma_cot.model.cache import Cache, decode_step, decode_weights, new_cache, prefill, widen
-from gemma_cot.model.kernels.cpu import stored
+from gemma_cot.model.kernels.layout import stored
 from gemma_cot.model.params import Params
 
 REFILL_SHARE = 8  # rows that wait are let in when at least 1/8 of the slots are idle

@@ -25,6 +25,15 @@ START_P = np.array([0, 3, 6], np.int32)  # no padding, some, all but one column
 G = 2
 
 
+@pytest.fixture(params=["cpu", "tpu"])
+def layout(request, monkeypatch):
+    """Decode with every layer by itself, as on a CPU, or with the stack that others have."""
+    monkeypatch.setattr("gemma_cot.model.kernels.layout.platform", lambda: request.param)
+    jax.clear_caches()  # the platform is asked when a function is traced
+    yield request.param
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def tokens_BT(cfg):
     """Rows p * G + g: the same prompt within a group, another completion in every row."""
@@ -51,17 +60,21 @@ def by_cache(params, cfg, tokens_BT, lora=None, began: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_cached_equals_full_forward_at_every_position(cfg, params, lora, tokens_BT, adapted):
+def test_cached_equals_full_forward_at_every_position(
+    layout, cfg, params, lora, tokens_BT, adapted
+):
     adapter = lora if adapted else None
     full = jax.jit(partial(logits, cfg=cfg))(
         params, tokens_BT=tokens_BT, start_B=np.repeat(START_P, G), lora=adapter
     )
     got = by_cache(params, cfg, tokens_BT, adapter)
     assert got.shape == (6, TAIL + 1, cfg.vocab_size) and got.dtype == np.float32
+    held = decode_weights(params, cfg, adapter).layers
+    assert len(held) == {"cpu": cfg.num_layers, "tpu": 1}[layout]
     np.testing.assert_allclose(got, full[:, WIDTH - 1 :], **SAME)
 
 
-def test_a_ring_begun_at_a_later_clock_gives_the_same(cfg, params, tokens_BT):
+def test_a_ring_begun_at_a_later_clock_gives_the_same(layout, cfg, params, tokens_BT):
     """Begun at clock 4, the 9 tokens lie in columns 4 to 8 and 0 to 3."""
     late = by_cache(params, cfg, tokens_BT, began=4)
     np.testing.assert_allclose(late, by_cache(params, cfg, tokens_BT), **SAME)

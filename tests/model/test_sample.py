@@ -19,7 +19,7 @@ from gemma_cot.model import sample as sample_module
 from gemma_cot.model.gemma import logits
 from gemma_cot.model.logprob import token_logprobs
 from gemma_cot.model.params import param_shapes, param_shardings
-from gemma_cot.model.sample import draw, prompt_hash, row_keys, sample
+from gemma_cot.model.sample import PART, draw, prompt_hash, row_keys, sample
 
 P, G, WIDTH, NEW = 4, 3, 6, 12
 START_P = np.array([0, 2, 5, 1], np.int32)
@@ -245,9 +245,14 @@ def statistic_of(counts, probabilities) -> tuple[float, float]:
 
 UNIFORM = [1 / 8] * 8
 SKEWED = [0.0, 0.5, 0.25, 0.0, 0.125, 0.0625, 0.05, 0.0125, 0.0]
+# Three parts of the vocabulary: rising, impossible, and a last one that is not full.
+PARTS = np.concatenate([np.arange(1, PART + 1), np.zeros(PART), np.full(44, 200.0)])
+PARTS = PARTS / PARTS.sum()
 
 
-@pytest.mark.parametrize("probabilities", [UNIFORM, SKEWED], ids=["uniform", "skewed"])
+@pytest.mark.parametrize(
+    "probabilities", [UNIFORM, SKEWED, PARTS], ids=["uniform", "skewed", "parts"]
+)
 def test_draw_follows_the_distribution(probabilities):
     counts = counts_of(probabilities, 1.0, seed=0)
     assert (counts[np.asarray(probabilities) == 0] == 0).all()
@@ -348,6 +353,17 @@ def test_the_useful_share_counts_decode_steps_of_unfinished_rows(varied, cfg, to
     )  # fmt: skip
     np.testing.assert_array_equal(queued.tokens_BT, varied.tokens_BT)
     assert want < 0.85 < queued.useful_B[0]
+
+
+@pytest.mark.parametrize("slots", [None, 5])
+def test_layers_in_one_stack_change_no_sample(cfg, params, tokens_PT, drawn, monkeypatch, slots):
+    """As on a TPU, where weights and caches of all layers lie in one array."""
+    monkeypatch.setattr("gemma_cot.model.kernels.layout.platform", lambda: "tpu")
+    jax.clear_caches()  # the platform is asked when a function is traced
+    got = run(params, cfg, tokens_PT, START_P, slots=slots)
+    jax.clear_caches()
+    np.testing.assert_array_equal(got.tokens_BT, drawn.tokens_BT)
+    np.testing.assert_allclose(got.logp_BT, drawn.logp_BT, atol=2e-5)
 
 
 def test_tails_that_grow_change_no_sample(cfg, params, tokens_PT, drawn, monkeypatch):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_cot.model.cache import Cache, decode_masks
-from gemma_cot.model.kernels.cpu import shared_attention
+from gemma_cot.model.kernels.layout import shared_attention
 from gemma_cot.model.layers import attention, causal_mask
 from gemma_cot.model.logprob import chosen_and_entropy
 

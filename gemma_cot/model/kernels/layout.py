@@ -1,5 +1,5 @@
-"""Decoding on a CPU: how weights and caches must lie for XLA's products to read them as they are,
-and attention of one new token per row in plain jnp, for that layout and for stacked layers.
+"""How weights and caches lie in memory while decoding: all layers in one stack, or on a CPU each by
+itself; and attention of one new token per row in plain jnp, for either.
 
 XLA's CPU backend copies a layer out of a stack of layers, and a factor that is in another order,
 every time it is used; when decoding, that costs more than the products.

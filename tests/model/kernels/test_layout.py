@@ -1,11 +1,11 @@
-"""Decoding on a CPU: other orders in memory, the same numbers as the plain einsums."""
+"""Other orders in memory give the numbers of the plain einsums."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_cot.model.kernels.cpu import (
+from gemma_cot.model.kernels.layout import (
     lengthen,
     mix_of,
     scores_of,
