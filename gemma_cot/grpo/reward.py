@@ -129,12 +129,13 @@ def _gold(metadata: Mapping) -> str | int | float | None:
 
 # How checkpoints are found
 
-_OPERATORS = [(op, f" {op}", f"{op} ") for op in "+-*/=^<>%()"]
+_OPERATORS = "+-*/=^<>%()"
 _TO_ASCII = {
     "\u00d7": "*", "\u2715": "*", "\u2217": "*", "\u22c5": "*", "\u00b7": "*", "\u2219": "*",
     "\u00f7": "/", "\u2215": "/", "\u2044": "/", "\u2212": "-", "\u2010": "-", "\u2011": "-",
     "\u2012": "-", "\u2013": "-", "\u2014": "-", "\uff0b": "+", "\uff1d": "=", "\uff0d": "-",
 }
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 _LATEX_OPERATORS = (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("\\$", "$"))
 
 
@@ -148,14 +149,15 @@ def normalise(text: str) -> str:
     if "\\" in text:
         for command, operator in _LATEX_OPERATORS:
             text = text.replace(command, operator)
-    for char in "$" if text.isascii() else set(text):
+    for char in "$" if text.isascii() else {"$", *_NOT_ASCII.findall(text)}:
         if char in _TO_ASCII or unicodedata.category(char) == "Sc":
             text = text.replace(char, _TO_ASCII.get(char, ""))
-    text = " ".join(text.split())
-    for operator, before, after in _OPERATORS:
+    if "  " in text or not text.isprintable():  # of white space only " " is printable
+        text = " ".join(text.split())
+    for operator in _OPERATORS:
         if operator in text:
-            text = text.replace(before, operator).replace(after, operator)
-    return text
+            text = operator.join([part.strip(" ") for part in text.split(operator)])
+    return text.strip(" ")
 
 
 def checkpoint_hits(
