@@ -5,7 +5,7 @@ Rows stream through a temporary folder beside the output, which is renamed at th
 """
 
 import json
-import marshal
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -153,7 +153,7 @@ def _fill(
             encode = json.JSONEncoder(ensure_ascii=False).encode
             for chunk in _passing(cfg, tokenizer, tests, rates, report, rejects, spool):
                 for row, measured in chunk:
-                    marshal.dump((measured, encode(row)), out)
+                    pickle.dump((measured, encode(row)), out)
                 for row, _ in chunk:
                     rows.append(row["domain"], grams(row["domain"], row["prompt"]))
         if not len(rows):
@@ -181,7 +181,7 @@ def _split(
     files: dict[str, TextIO] = {}
     with open(survivors, "rb") as spooled, ExitStack() as stack:
         for i in range(count):
-            measured, text = marshal.load(spooled)
+            measured, text = pickle.load(spooled)
             place = measured["place"]
             if i in originals:
                 originals[i] = place
@@ -237,6 +237,7 @@ def _passing(
 def _converted(cfg: Settings, chunk: list, failed: list) -> Iterator[tuple[int, dict, dict]]:
     """Yield (place in the chunk, row of ours, {"place": (file, line)}) of published objects."""
     tasks = task_range(cfg)
+    names = {path: f"{cfg.dataset}:{Path(path).name}" for path in cfg.input}
     for at, (path, line, text) in enumerate(chunk):
         try:
             raw = parse_object(text)
@@ -244,7 +245,7 @@ def _converted(cfg: Settings, chunk: list, failed: list) -> Iterator[tuple[int, 
                 number = str(raw.get("task_id")).rpartition("/")[2]
                 if not (number.isdecimal() and tasks[0] <= int(number) <= tasks[1]):
                     raise Rejected("task_not_selected", f"task {number} is outside {cfg.tasks}")
-            for row in DATASETS[cfg.dataset](raw, f"{cfg.dataset}:{Path(path).name}:{line}"):
+            for row in DATASETS[cfg.dataset](raw, f"{names[path]}:{line}"):
                 yield at, row, {"place": (path, line)}
         except Rejected as error:
             failed.append((at, error))
