@@ -109,10 +109,24 @@ MUTANTS = (
     ),
     Mutant(
         "LoRA scale missing",
-        "model/layers.py",
-        "y = y + scale * lora",
-        "y = y + lora",
+        "model/kernels/gradients.py",
+        "+ scale * lora_product",
+        "+ lora_product",
         "tests/lora",
+    ),
+    Mutant(
+        "a merged adapter's scale missing in its gradient",
+        "model/kernels/gradients.py",
+        "d_z = scale * jnp.einsum",
+        "d_z = jnp.einsum",
+        "tests/model/test_layers.py",
+    ),
+    Mutant(
+        "the chosen token missing in the gradient of its log-prob",
+        "model/kernels/gradients.py",
+        "jax.nn.one_hot(target, len(embed_VD)) - jax",
+        "-jax",
+        "tests/model/test_logprob.py",
     ),
     Mutant(
         "softmax's gradient without its mean",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from gemma_cot.config import ModelConfig
-from gemma_cot.model.kernels.gradients import PRODUCT, block_attention, lora_product
+from gemma_cot.model.kernels.gradients import PRODUCT, adapted_product, block_attention
 
 QUERY_BLOCK = 256  # queries whose scores exist at one time
 
@@ -52,10 +52,11 @@ def linear(einsum: str, x, layer: dict, name: str, lora, scale: float, product=j
     The only place where an adapter meets a weight. y = W x + (alpha / r) B A x,
     Hu et al. 2021 (arXiv:2106.09685), section 4.1.
     """
-    y = product(einsum, x, layer[name])
-    if lora is not None and name in lora:
+    if lora is None or name not in lora:
+        y = product(einsum, x, layer[name])
+    else:
         a, b = (lora[name][part].astype(x.dtype) for part in ("a", "b"))
-        y = y + scale * lora_product(einsum, x, a, b)
+        y = adapted_product(einsum, x, layer[name], a, b, scale, product)
     return checkpoint_name(y, PRODUCT)
 
 

@@ -1,8 +1,8 @@
 """Log-probabilities of given tokens: the one function behind policy, old and reference log-probs.
 
 `logp_BT[b, t]` is the log-prob of token t given the tokens before it; the shift by one happens here
-and nowhere else. Logits exist for one chunk of positions at a time, forward and backward, or with
-`cfg.logprob = "pallas"` only for a tile inside a kernel.
+and nowhere else. Logits exist for one chunk of positions at a time and are computed once, also
+where a gradient is wanted; with `cfg.logprob = "pallas"` only a tile of them, inside a kernel.
 """
 
 import jax
@@ -11,15 +11,18 @@ import jax.numpy as jnp
 from gemma_cot.axes import round_up
 from gemma_cot.config import ModelConfig
 from gemma_cot.model.gemma import group_states, hidden_states, unembed
+from gemma_cot.model.kernels.gradients import chosen_once, of_logits
 from gemma_cot.model.kernels.logprob import chosen_logprob
 from gemma_cot.model.params import Params
 
 LOGITS_BYTES = 192 * 2**20  # what a device's float32 logits may take at one time
+POSITIONS = 256  # a v5e then reads the embedding about as fast as it works
 
 
 def chunk_of(cfg: ModelConfig, rows: int) -> int:
-    """Return how many positions of `rows` rows (those of one device) LOGITS_BYTES has room for."""
-    return max(1, LOGITS_BYTES // (4 * cfg.vocab_size * rows))
+    """Return how many positions of each of `rows` rows (those of one device) have logits at one
+    time: POSITIONS in all, fewer where LOGITS_BYTES has no room for so many."""
+    return max(1, min(POSITIONS, LOGITS_BYTES // (4 * cfg.vocab_size)) // rows)
 
 
 @jax.named_scope("chosen_and_entropy")
@@ -28,18 +31,13 @@ def chosen_and_entropy(params: Params, x: jax.Array, target: jax.Array, temperat
 
     x: hidden states [..., D]; the results have the shape of target [...].
     """
-    logits = unembed(params, x) / temperature  # [..., V]
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-    mean = (jax.nn.softmax(logits, axis=-1) * logits).sum(-1)
-    return chosen - log_z, log_z - mean
+    return of_logits(unembed(params, x) / temperature, target)
 
 
 def by_chunks(params: Params, x_BTD, target_BT, temperature: float, chunk: int):
-    """Return `chosen_and_entropy` of all positions, [B, chunk, V] logits existing at one time.
+    """Return `chosen_once` of all positions, [B, chunk, V] logits existing at one time.
 
-    Chunks are cut along T, so that rows stay on their devices; where there are several, each is
-    computed again in the backward pass.
+    Chunks are cut along T, so that rows stay on their devices.
     """
     B, T, D = x_BTD.shape
     chunk = max(1, min(chunk, T))
@@ -48,10 +46,8 @@ def by_chunks(params: Params, x_BTD, target_BT, temperature: float, chunk: int):
     parts = x_BTD.reshape(B, -1, chunk, D), jnp.pad(target_BT, padding).reshape(B, -1, chunk)
 
     def one_chunk(_, xs):
-        return None, chosen_and_entropy(params, *xs, temperature)
+        return None, chosen_once(params["embed"], *xs, temperature)
 
-    if chunk < T:
-        one_chunk = jax.checkpoint(one_chunk)
     _, both = jax.lax.scan(one_chunk, None, tuple(part.swapaxes(0, 1) for part in parts))
     return tuple(value.swapaxes(0, 1).reshape(B, -1)[:, :T] for value in both)
 
@@ -80,6 +76,7 @@ def logprobs_and_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Return float32 (logp_BT, entropy_BT); columns before `first_column` (>= 1) are 0.
 
+    The entropy is for the log: it carries no gradient.
     first_column: the prompt's width, when only completion tokens matter: the unembedding, two
     thirds of Gemma 3 1B's smallest batches, then runs at completion positions only.
     group: so many rows in a row have the same prompt, of first_column columns, which is run once.
@@ -99,7 +96,7 @@ def logprobs_and_entropy(
         chunk = chunk or chunk_of(cfg, len(tokens_BT))
         both = by_chunks(params, x_BTD, target_BT, temperature, chunk)
     logp_BT, entropy_BT = (jnp.pad(value, ((0, 0), (first_column, 0))) for value in both)
-    return logp_BT, entropy_BT
+    return logp_BT, jax.lax.stop_gradient(entropy_BT)
 
 
 def token_logprobs(

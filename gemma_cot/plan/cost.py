@@ -1,6 +1,7 @@
 """Work of every function of a run, for one chip, counted from shapes and through loops.
 
-FLOPs are those of the matrix products that the program does, masked and recomputed ones included.
+FLOPs are those of the matrix products that the program does in bfloat16 (in float32 an adapter may
+be merged first, which is less), masked and recomputed ones included.
 HBM bytes are those that no schedule avoids: weights once a pass, what each layer hands on, caches,
 logits where they exist, optimiser state. XLA's own cost analysis counts a loop's body once and
 in-place updates as full reads; the tests hold the FLOPs against it on a program without loops.
@@ -171,8 +172,8 @@ def gradient(s: Share, batch: Rows, remat: str) -> Cost:
     once = 1 + (remat == "all")
     scores = once * attended(s, batch) + (0.5 + BACKWARD) * batch.pairs(QUERY_BLOCK)
     body = layers(s, batch, once + 1, once + BACKWARD, scores)
-    in_one = s.cfg.logprob != "pallas" and batch.completion <= chunk_of(s.cfg, batch.rows)
-    return body + logprobs(s, batch.rows, batch.completion, 2 if in_one else 3)
+    passes = 3 if s.cfg.logprob == "pallas" else 2  # kernels compute the logits again
+    return body + logprobs(s, batch.rows, batch.completion, passes)
 
 
 def attended(s: Share, batch: Rows) -> float:

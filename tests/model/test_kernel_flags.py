@@ -42,7 +42,7 @@ def value_and_gradient(params, cfg, lora, tokens_BT, start_B):
             params, cfg, tokens_BT, start_B, lora, 0.7, first_column=8
         )
         weight_BT = jnp.cos(jnp.arange(logp_BT.size, dtype=jnp.float32)).reshape(logp_BT.shape)
-        return (weight_BT * (logp_BT + 0.5 * entropy_BT)).sum(), (logp_BT, entropy_BT)
+        return (weight_BT * logp_BT).sum(), (logp_BT, entropy_BT)
 
     (_, values), gradient = jax.value_and_grad(loss, has_aux=True)(lora)
     return values, gradient

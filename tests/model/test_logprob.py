@@ -1,14 +1,22 @@
 """Log-probs: log_softmax of the logits, shifted by one; blind to chunks and to first_column."""
 
+import dataclasses
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import reference_logits, reference_logprobs
 
 from gemma_cot.model.gemma import logits
-from gemma_cot.model.logprob import chosen_and_entropy, logprobs_and_entropy, token_logprobs
+from gemma_cot.model.logprob import (
+    by_chunks,
+    chosen_and_entropy,
+    chunk_of,
+    logprobs_and_entropy,
+    token_logprobs,
+)
 
 # float32 against float64 through three layers, as in test_gemma.
 TWIN = dict(atol=3e-5, rtol=0)
@@ -97,10 +105,10 @@ def test_chunk_and_remat_change_neither_value_nor_gradient(cfg, params, tokens_B
     @partial(jax.jit, static_argnums=(1, 2))
     def value_and_gradient(table_VD, chunk, remat):
         def loss(table_VD):
-            logp_BT, entropy_BT = logprobs_and_entropy(
+            logp_BT, _ = logprobs_and_entropy(
                 params | {"embed": table_VD}, cfg, tokens_BT, START_B, chunk=chunk, remat=remat
             )
-            return (weight_BT * (logp_BT + 0.1 * entropy_BT)).sum()
+            return (weight_BT * logp_BT).sum()
 
         return jax.value_and_grad(loss)(table_VD)
 
@@ -133,6 +141,54 @@ def test_sure_model_has_zero_entropy():
     np.testing.assert_array_equal(entropy_C, [0.0, 0.0])
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "rows", "chunk"),
+    [(8192, 4, 64), (262_144, 4, 48), (8192, 300, 1)],
+)
+def test_chunk_bounds_positions_and_bytes(cfg, vocab_size, rows, chunk):
+    """256 positions of all rows; 192 MiB / (4 * 262,144) = 192 of Gemma's; never less than 1."""
+    assert chunk_of(dataclasses.replace(cfg, vocab_size=vocab_size), rows) == chunk
+
+
+@pytest.mark.parametrize("trained", [(0,), (1,), (0, 1)], ids=["embedding", "x", "both"])
+@pytest.mark.parametrize("chunk", [3, 7])
+def test_gradient_taken_with_the_value_is_that_of_the_log_softmax(chunk, trained):
+    """2 rows of 7 positions; the embedding frozen, as with LoRA, or trained too."""
+    rng = np.random.default_rng(3)
+    table_VD, x_BTD = rng.normal(size=(50, 8)), rng.normal(size=(2, 7, 8))
+    table_VD, x_BTD = table_VD.astype(np.float32), x_BTD.astype(np.float32)
+    target_BT, weight_BT = rng.integers(0, 50, (2, 7)), rng.normal(size=(2, 7)).astype(np.float32)
+    chosen_BTV = weight_BT[..., None] * np.eye(50, dtype=np.float32)[target_BT]
+
+    def ours(table_VD, x_BTD):
+        logp_BT, _ = by_chunks({"embed": table_VD}, x_BTD, target_BT, 0.7, chunk)
+        return (weight_BT * logp_BT).sum()
+
+    def plain(table_VD, x_BTD):
+        table_BTV = jax.nn.log_softmax(x_BTD @ table_VD.T / 0.7)
+        return (chosen_BTV * table_BTV).sum()
+
+    got, want = (jax.jit(jax.grad(f, trained))(table_VD, x_BTD) for f in (ours, plain))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_small_gradient_of_a_sure_model_survives_bfloat16():
+    """p(target) = 1 - 1/1025: in bfloat16 that is 1, but the gradient is not 0."""
+    table_VD = jnp.array([[0.0], [1.0]], jnp.bfloat16)
+    x_BTD = jnp.full((1, 1, 1), np.log(1024), jnp.bfloat16)
+    target_BT = np.array([[1]])
+    d_x_BTD = jax.grad(lambda x: by_chunks({"embed": table_VD}, x, target_BT, 1.0, 1)[0].sum())
+    assert float(d_x_BTD(x_BTD)[0, 0, 0]) == pytest.approx(1 / 1025, rel=0.02)
+
+
+def test_entropy_is_for_the_log_and_carries_no_gradient(cfg, params, lora, tokens_BT):
+    entropy = jax.jit(
+        jax.grad(lambda lora: logprobs_and_entropy(params, cfg, tokens_BT, START_B, lora)[1].sum())
+    )
+    assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(entropy(lora)))
+
+
 @pytest.mark.parametrize("remat", ["none", "products", "all"])
 def test_a_prompt_run_once_for_its_group_changes_neither_value_nor_gradient(
     cfg, params, lora, remat
@@ -150,7 +206,7 @@ def test_a_prompt_run_once_for_its_group_changes_neither_value_nor_gradient(
                 params, cfg, tokens_BT.astype(np.int32), start_B, lora, 0.8,
                 first_column=6, group=group, remat=remat,
             )  # fmt: skip
-            return (weight_BT * (logp_BT + 0.3 * entropy_BT)).sum(), (logp_BT, entropy_BT)
+            return (weight_BT * logp_BT).sum(), (logp_BT, entropy_BT)
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(lora)
 

@@ -16,10 +16,10 @@ SMALL = dict(
 
 @pytest.fixture
 def make_setup(cfg):
-    """Return f(data=4, model=1, shape, **changes of SMALL) -> Setup over host devices."""
+    """Return f(data=4, model=1, shape, dtype, **changes of SMALL) -> Setup over host devices."""
 
-    def make(data: int = 4, model: int = 1, shape=cfg, **changes) -> Setup:
+    def make(data: int = 4, model: int = 1, shape=cfg, dtype="float32", **changes) -> Setup:
         mesh = make_mesh(f"{data}x{model}", jax.devices()[: data * model])
-        return Setup(TrainConfig(**SMALL | changes), shape, mesh, "float32", 20)
+        return Setup(TrainConfig(**SMALL | changes), shape, mesh, dtype, 20)
 
     return make

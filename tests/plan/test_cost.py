@@ -27,9 +27,9 @@ WIDE = ModelConfig(
 @pytest.mark.parametrize("name", ["prefill", "reference_logprobs", "update", "sft"])
 def test_flops_are_those_that_xla_counts_without_loops(make_setup, name, remat, micro_batch):
     setup = make_setup(
-        1, 1, WIDE, num_generations=4, prompts_per_rollout=2, mini_batch=2, micro_batch=micro_batch,
-        max_prompt_tokens=64, max_completion_tokens=48, lora_rank=32, remat=remat, sft_batch=4,
-        sft_micro_batches=1,
+        1, 1, WIDE, "bfloat16", num_generations=4, prompts_per_rollout=2, mini_batch=2,
+        micro_batch=micro_batch, max_prompt_tokens=64, max_completion_tokens=32, lora_rank=32,
+        remat=remat, sft_batch=4, sft_micro_batches=1,
     )  # fmt: skip
     call = call_of(name, setup)
     with jax.set_mesh(setup.mesh):
@@ -38,8 +38,8 @@ def test_flops_are_those_that_xla_counts_without_loops(make_setup, name, remat, 
     ours = sum(phase.flops for phase in phases_of(setup, name))
     if name in ("reference_logprobs", "update"):
         ours /= setup.micro_batches  # a loop, whose body XLA counts once
-    # XLA adds what norms, softmax and activations do, about 1 % here
-    np.testing.assert_allclose(ours, counted, rtol=0.02)
+    # XLA adds what norms, softmax and activations do, 1 to 2.5 % here
+    np.testing.assert_allclose(ours, counted, rtol=0.03)
 
 
 def test_flops_of_a_decode_step_are_those_that_xla_counts(make_setup):

@@ -1,7 +1,9 @@
-"""The two products of the model whose gradient is written out: attention, and x·a·b of LoRA.
+"""The products of the model whose gradient is written out: attention, the two forms of LoRA, and
+the log-prob of a frozen embedding.
 
 Automatic differentiation would keep the attention weights and transpose arrays of their size, which
-on a CPU costs more than the products do. Values are those of the plain einsums; knows no model.
+on a CPU costs more than the products do, and compute logits twice. Values are those of the plain
+einsums; knows no model.
 """
 
 from functools import cache, partial
@@ -95,3 +97,106 @@ def _lora_product_backward(einsum: str, inputs, d_y):
 
 
 lora_product.defvjp(_lora_product_forward, _lora_product_backward)
+
+
+def adapted_product(einsum: str, x, w, a, b, scale: float, product) -> jax.Array:
+    """Return x·w + scale x·a·b, multiplied out or merged first, whichever is less work.
+
+    Merged first only in float32: in bfloat16 the sum of w and a·b would lose what is small beside
+    w. product: how x meets w, `jnp.einsum` or one with weights in an order of its own.
+    """
+    rank = a.shape[-1]
+    tokens = x.size // (a.size // rank)
+    is_exact = product is jnp.einsum and x.dtype == w.dtype == jnp.float32
+    if is_exact and tokens * (a.size + b.size) > rank * w.size:
+        return merged_product(einsum, x, w, a, b, scale)
+    return product(einsum, x, w) + scale * lora_product(einsum, x, a, b)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 5))
+def merged_product(einsum: str, x, w, a, b, scale: float) -> jax.Array:
+    """Return x·(w + scale a·b). The gradients of a and b go through the rank: nothing of w's size
+    is made for them."""
+    return jnp.einsum(einsum, x, merged(einsum, w, a, b, scale))
+
+
+def merged(einsum: str, w, a, b, scale: float) -> jax.Array:
+    """Return w + scale a·b."""
+    _, _, _, summed, kept = lora_axes(einsum)
+    letters = einsum.split("->")[0].split(",")[1]
+    return w + scale * jnp.einsum(f"{summed}R,R{kept}->{letters}", a, b)
+
+
+def _merged_product_forward(einsum: str, x, w, a, b, scale: float):
+    return merged_product(einsum, x, w, a, b, scale), (x, w, a, b)
+
+
+def _merged_product_backward(einsum: str, scale: float, inputs, d_y):
+    x, w, a, b = inputs
+    x_, z_, y_, summed, kept = lora_axes(einsum)
+    letters = einsum.split("->")[0].split(",")[1]
+    d_x = jnp.einsum(f"{y_},{letters}->{x_}", d_y, merged(einsum, w, a, b, scale))
+    d_w = jnp.einsum(f"{x_},{y_}->{letters}", x, d_y)
+    z = jnp.einsum(f"{x_},{summed}R->{z_}", x, a)
+    d_z = scale * jnp.einsum(f"{y_},R{kept}->{z_}", d_y, b)
+    d_a = jnp.moveaxis(jnp.einsum(f"{z_},{x_}->R{summed}", d_z, x), 0, -1)
+    return d_x, d_w, d_a, scale * jnp.einsum(f"{z_},{y_}->R{kept}", z, d_y)
+
+
+merged_product.defvjp(_merged_product_forward, _merged_product_backward)
+
+
+def of_logits(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return (log p(target), entropy in nats), both [...], of softmax(logits [..., V])."""
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    mean = (jax.nn.softmax(logits, axis=-1) * logits).sum(-1)
+    return chosen - log_z, log_z - mean
+
+
+def logits_of(embed_VD: jax.Array, x: jax.Array, temperature: float) -> jax.Array:
+    """Return float32 logits [..., V] of hidden states [..., D]."""
+    f32 = jnp.float32
+    return jnp.einsum("...D,VD->...V", x, embed_VD, preferred_element_type=f32) / temperature
+
+
+@jax.custom_vjp
+def chosen_once(embed_VD: jax.Array, x: jax.Array, target: jax.Array, temperature: float):
+    """Return `of_logits` of `logits_of`, of which only the log-prob carries a gradient.
+
+    The gradient for x is computed with the value, while the logits are there:
+        d log p(y) / d x = sum_v (1[v = y] - p_v) embed_v / temperature
+    so that the backward pass multiplies with a number a position. Where the embedding is trained
+    too, the backward pass computes the logits again instead.
+    """
+    return of_logits(logits_of(embed_VD, x, temperature), target)
+
+
+def _chosen_once_forward(*primals):
+    embed_VD, x, target, temperature = (primal.value for primal in primals)
+    logits = logits_of(embed_VD, x, temperature)
+    both = of_logits(logits, target)
+    if primals[0].perturbed:
+        return both, (embed_VD, x, target, temperature)
+    d_logits = jax.nn.one_hot(target, len(embed_VD)) - jax.nn.softmax(logits, axis=-1)
+    d_x = jnp.einsum(
+        "...V,VD->...D", d_logits.astype(embed_VD.dtype), embed_VD,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    return both, (d_x / temperature).astype(x.dtype)
+
+
+def _chosen_once_backward(kept, cotangents):
+    d_logp = cotangents[0]
+    if not isinstance(kept, tuple):
+        d_x = d_logp[..., None] * kept.astype(jnp.float32)
+        return None, d_x.astype(kept.dtype), None, None
+    embed_VD, x, target, temperature = kept
+
+    def logp(embed_VD, x):
+        return of_logits(logits_of(embed_VD, x, temperature), target)[0]
+
+    return *jax.vjp(logp, embed_VD, x)[1](d_logp), None, None
+
+
+chosen_once.defvjp(_chosen_once_forward, _chosen_once_backward, symbolic_zeros=True)
