@@ -225,6 +225,17 @@ def compare(before: list[dict], after: list[dict], score: str) -> dict:
     return {"gained": gained, "lost": lost, "p_value": mcnemar_exact(lost, gained)}
 
 
+def compare_stages(results: dict[str, list[dict]]) -> dict[str, dict]:
+    """Return `compare` of every stage with the one before it, by "BEFORE -> AFTER, full format" and
+    "BEFORE -> AFTER, answer"."""
+    names = list(results)
+    return {
+        f"{before} -> {after}, {score}": compare(results[before], results[after], column)
+        for before, after in zip(names, names[1:], strict=False)
+        for score, column in (("full format", "format"), ("answer", "outcome"))
+    }
+
+
 def table(stages: dict[str, dict], comparisons: dict[str, dict]) -> str:
     """Return the printed table: a line per stage, a column per rate with its interval in per cent,
     and the paired tests under it."""
@@ -251,7 +262,7 @@ def table(stages: dict[str, dict], comparisons: dict[str, dict]) -> str:
 def alarms(comparisons: dict[str, dict]) -> list[str]:
     """Return a line for every two stages between which the format rose while the answers fell.
 
-    comparisons: `compare` by "BEFORE -> AFTER, full format" and "BEFORE -> AFTER, answer".
+    comparisons: those of `compare_stages`.
     """
     lines = []
     for name, form in comparisons.items():

@@ -9,14 +9,12 @@ import dataclasses
 import json
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from gemma_cot import checkpoint, hosts
 from gemma_cot.config import TrainConfig
-from gemma_cot.grpo.reserve import MAX_ROLLOUTS
 from gemma_cot.grpo.step import make_logprobs
 from gemma_cot.model.load import read_json
 from gemma_cot.resume import FILE
@@ -85,19 +83,18 @@ def replay(run: Run, step: int, say: Callable[[str], None] = lambda line: None) 
     _, optimizer, step_fn, logprobs = grpo_functions(run)
     reference = lora if cfg.sft_steps else None
     done, state, reference, reserve = grpo_start(run, optimizer, lora, reference)
-    recent = deque(maxlen=2 * MAX_ROLLOUTS)
     while True:
         say(f"replay: GRPO step {done + 1} of {step}")
         roll = partial(scored_rollout, run, logprobs, state.lora, reference, time.perf_counter)
-        batches, rollouts, _, reserve = next_batches(run, roll, done, reserve)
-        recent.extend(rollouts)
-        for batch in (batches * cfg.num_iterations)[: step - done]:
+        batches, known, _, _, reserve = next_batches(run, roll, done, reserve)
+        pairs = list(zip(batches, known, strict=True)) * cfg.num_iterations
+        for batch, groups in pairs[: step - done]:
             done += 1
             if done == step:
                 measure = make_logprobs(run.model_cfg, cfg, run.mesh, run.width, entropy=True)
                 logp, entropy = measure(run.params, state.lora, batch)
                 arrays = hosts.fetch(batch | {"logp_BT": logp, "entropy_BT": entropy})
-                return trace_of(run, step, arrays, recent)
+                return trace_of(run, step, arrays, groups)
             state, _ = step_fn(state, run.params, batch)
 
 

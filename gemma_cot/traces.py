@@ -11,7 +11,6 @@ import gzip
 import json
 import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -27,7 +26,7 @@ from gemma_cot.grpo.loss import (
     kl_penalty,
     kl_per_token,
 )
-from gemma_cot.grpo.rollout import Rollout
+from gemma_cot.grpo.reserve import Groups
 from gemma_cot.run import Run
 from gemma_cot.tokenizer import Tokenizer, decode
 
@@ -45,54 +44,43 @@ def is_traced(cfg: TrainConfig, step: int) -> bool:
 
 
 def save_trace(
-    run: Run, step: int, batch: dict, seen: tuple[jax.Array, jax.Array], rollouts: Iterable[Rollout]
+    run: Run, step: int, batch: dict, seen: tuple[jax.Array, jax.Array], known: Groups
 ) -> None:
     """Write the trace of an update. All processes must call it; process 0 writes.
 
     batch: what the update is given, [M, rows, T]; seen: (logp, entropy) of its tokens under the
-    policy before it; rollouts: those that its groups may come from.
+    policy before it; known: the `origins` of its groups.
     """
     arrays = hosts.fetch(batch | {"logp_BT": seen[0], "entropy_BT": seen[1]})
-    trace = trace_of(run, step, arrays, rollouts)  # computes on the mesh: all must
+    trace = trace_of(run, step, arrays, known)  # computes on the mesh: all must
     run.keep(trace_path(run.out, step), lambda path: write_trace(run.out, trace))
 
 
-def trace_of(run: Run, step: int, arrays: dict, rollouts: Iterable[Rollout]) -> dict:
-    """Return the trace of an update as JSON values; arrays: as `save_trace` has them, on the host.
-
-    A group that is of none of the rollouts was kept in the reserve while the run was stopped: its
-    scores are not known any more.
-    """
-    T, G, width = arrays["tokens_BT"].shape[-1], run.cfg.num_generations, run.width
+def trace_of(run: Run, step: int, arrays: dict, known: Groups) -> dict:
+    """Return the trace of an update as JSON values; arrays: its batch and `seen`, on the host."""
+    T, G = arrays["tokens_BT"].shape[-1], run.cfg.num_generations
     flat = {  # "logp_BT" [M, rows, T] -> "logp" [B, T]; "advantage_B" -> one column
         name.rsplit("_", 1)[0]: np.asarray(value).reshape(-1, T if name.endswith("T") else 1)
         for name, value in arrays.items()
     }
-    flat |= jax.device_get(_derived(flat, run.cfg))
-    known = {
-        rollout.tokens_BT[p * G : p * G + G].tobytes(): (rollout, p)
-        for rollout in rollouts
-        for p in range(len(rollout.rows))
-    }
+    flat |= jax.device_get(_derived(flat, run.cfg)) | {"mask": known["mask_BT"].reshape(-1, T)}
+    rows = {row.example.id: row for row in run.train}
     groups = []
-    for first in range(0, len(flat["tokens"]), G):
-        own = {name: value[first : first + G] for name, value in flat.items()}
-        ids = own["tokens"][0, int(own["start"][0, 0]) : width].tolist()
-        rollout, p = known.get(own["tokens"].tobytes(), (None, 0))
-        row = rollout.rows[p] if rollout else next(r for r in run.train if r.prompt_ids == ids)
-        own["mask"] = rollout.mask_BT[p * G : p * G + G] if rollout else own["weight"] > 0
+    for p, (number, rollout) in enumerate(zip(known["row_P"], known["rollout_P"], strict=True)):
+        own = {name: value[p * G : p * G + G] for name, value in flat.items()}
+        ids, example = rows[int(number)].prompt_ids, rows[int(number)].example
         groups.append(
             {
-                "row": row.example.id,
-                "sampled_in": rollout.number if rollout else None,
-                "domain": row.example.domain,
-                "prompt": row.example.prompt,
-                "metadata": row.example.metadata,
+                "row": example.id,
+                "sampled_in": int(rollout),
+                "domain": example.domain,
+                "prompt": example.prompt,
+                "metadata": example.metadata,
                 "prompt_ids": ids,
                 "prompt_pieces": _pieces(run.tokenizer, ids),
                 "completions": [
                     _completion({name: value[g] for name, value in own.items()}, run.tokenizer)
-                    | _scores(rollout, p, g)
+                    | _scores(run, known, p, g)
                     for g in range(G)
                 ],
             }
@@ -150,23 +138,19 @@ def _completion(update: dict[str, np.ndarray], tokenizer: Tokenizer) -> dict:
     }
 
 
-def _scores(rollout: Rollout | None, p: int, g: int) -> dict:
+def _scores(run: Run, known: Groups, p: int, g: int) -> dict:
     """Return how completion g of group p was scored."""
-    if rollout is None:
-        return {"scores": {}, "reward": None, "valid": False}
-    b = p * rollout.reward_PG.shape[1] + g
+    names = [name for name, _, _ in run.rewards]
     return {
-        "scores": {name: _rounded(values[b]) for name, values in rollout.scores.items()},
-        "reward": _rounded(rollout.reward_PG[p, g]),
-        "valid": bool(rollout.valid_PG[p, g]),
+        "scores": dict(zip(names, map(_rounded, known["score_PKG"][p, :, g]), strict=True)),
+        "reward": _rounded(known["reward_PG"][p, g]),
+        "valid": bool(known["valid_PG"][p, g]),
     }
 
 
-def _rounded(value) -> float | None:
-    """Return a float of DECIMALS decimals; None for None and for what is not finite."""
-    if value is None or not math.isfinite(value):
-        return None
-    return round(float(value), DECIMALS)
+def _rounded(value: float) -> float | None:
+    """Return a float of DECIMALS decimals, None for what is not finite."""
+    return round(float(value), DECIMALS) if math.isfinite(value) else None
 
 
 def write_trace(run: str | Path, trace: dict) -> None:

@@ -10,7 +10,6 @@ into --output_dir. All bad input is refused before anything is written.
 import json
 import shlex
 import time
-from collections import deque
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +23,7 @@ from gemma_cot.config import TrainConfig
 from gemma_cot.curves import draw_curves
 from gemma_cot.data import indices_for_step, target_width
 from gemma_cot.environment import peak_memory_gib, write_environment
-from gemma_cot.evaluation import compare, evaluate_batches, summarise, table
-from gemma_cot.grpo.reserve import MAX_ROLLOUTS
+from gemma_cot.evaluation import compare_stages, evaluate_batches, summarise, table
 from gemma_cot.grpo.rollout import Rollout, mean_metrics
 from gemma_cot.grpo.step import make_logprobs
 from gemma_cot.lora import merge, save_peft
@@ -97,24 +95,23 @@ def train_grpo(run: Run, writer: MetricsWriter, lora, reference):
     progress, pending = Progress("grpo", cfg.grpo_steps, start=step), []
     log = partial(log_updates, run, writer, schedule, progress, pending)
     trace = make_logprobs(run.model_cfg, cfg, run.mesh, run.width, entropy=True)
-    recent = deque(maxlen=2 * MAX_ROLLOUTS)  # rollouts of which an update may hold groups
     profiled = profile_range(cfg.profile_steps) if hosts.is_writer() else (0, 0)
     profile = Profile(run.out / "profile", profiled)
     while step < cfg.grpo_steps and run.turn("grpo", step, cfg.grpo_steps):
         profile.turn(step, updates_of(cfg), state)
         roll = partial(scored_rollout, run, logprobs, state.lora, reference, log)
-        batches, rollouts, extra, reserve = next_batches(run, roll, step, reserve)
+        batches, known, rollouts, extra, reserve = next_batches(run, roll, step, reserve)
         run.keep_errors()
         batches = (batches * cfg.num_iterations)[: cfg.grpo_steps - step]
         measured, began = [], time.perf_counter()
-        recent.extend(rollouts)
         show_samples(cfg, rollouts)
         for number, batch in enumerate(batches, step + 1):
+            groups = known[(number - step - 1) % len(known)]
             seen = trace(run.params, state.lora, batch) if is_traced(cfg, number) else None
             state, metrics = step_fn(state, run.params, batch)
             measured.append(metrics)
             if seen is not None:
-                save_trace(run, number, batch, seen, recent)
+                save_trace(run, number, batch, seen, groups)
         pending.append((step, began, batches, measured, rollouts, extra))
         before, step = step, step + len(measured)
         if run.save_due(before, step):
@@ -250,14 +247,7 @@ def export(run: Run, lora) -> None:
 def finish(run: Run, results: dict[str, list[dict]], steps: dict[str, int]) -> None:
     """Write summary.json and curves.svg, and print the table of the stages."""
     stages = {stage: summarise(rows) for stage, rows in results.items()}
-    names = list(results)
-    comparisons = {
-        f"{names[i]} -> {names[i + 1]}, {score}": compare(
-            results[names[i]], results[names[i + 1]], column
-        )
-        for i in range(len(names) - 1)
-        for score, column in (("full format", "format"), ("answer", "outcome"))
-    }
+    comparisons = compare_stages(results)
     seconds = run.seconds | {"total": round(time.monotonic() - run.session.began, 2)}
     summary = {
         "stages": stages,

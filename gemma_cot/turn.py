@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from gemma_cot import hosts
 from gemma_cot.config import TrainConfig
 from gemma_cot.data import indices_for_step
-from gemma_cot.grpo.reserve import Reserve, empty_reserve, fill_batches, pack, unpack
+from gemma_cot.grpo.reserve import Reserve, cut, empty_reserve, fill_batches, origins, pack, unpack
 from gemma_cot.grpo.rollout import sample_prompts
 from gemma_cot.grpo.step import (
     add_advantages,
@@ -50,7 +50,7 @@ def grpo_start(run: Run, optimizer, lora, reference) -> tuple:
     before the first step."""
     cfg = run.cfg
     state = run.place(init_state(optimizer, jax.tree.map(jnp.copy, lora)))  # state is donated
-    reserve = empty_reserve(cfg, run.width + cfg.max_completion_tokens)
+    reserve = empty_reserve(cfg, run.width + cfg.max_completion_tokens, len(run.rewards))
     step, tree = run.restore("grpo", grpo_tree(cfg, state, reference, reserve))
     reserve = unpack(tree["reserve"]) if cfg.dynamic_sampling else None
     return step, tree["state"], tree["reference"], reserve
@@ -69,7 +69,8 @@ def updates_of(cfg: TrainConfig) -> int:
 
 @jax.profiler.annotate_function
 def next_batches(run: Run, roll, step: int, reserve: Reserve | None):
-    """Return (batches of the next updates, their rollouts, further metrics, the reserve then).
+    """Return (batches of the next updates, the `origins` of their groups, the rollouts, further
+    metrics, the reserve then).
 
     roll(number) -> (batches, rollout). They are those of one rollout or, with dynamic sampling, of
     as many as it takes.
@@ -79,7 +80,7 @@ def next_batches(run: Run, roll, step: int, reserve: Reserve | None):
         return fill_batches(reserve, roll, run.out_of_time, cfg, run.mesh)
     batches, rollout = roll(step // updates_of(cfg))
     batches = add_advantages(batches, rollout.reward_PG, rollout.valid_PG, cfg, run.mesh)
-    return batches, [rollout], {}, reserve
+    return batches, cut(origins(rollout), cfg.mini_batch), [rollout], {}, reserve
 
 
 @jax.profiler.annotate_function

@@ -236,9 +236,9 @@ MUTANTS = (
     ),
     Mutant(
         "log-probs at temperature 1",
-        "model/logprob.py",
-        "unembed(params, x) / temperature",
-        "unembed(params, x)",
+        "model/kernels/gradients.py",
+        "preferred_element_type=f32) / temperature",
+        "preferred_element_type=f32)",
         "tests/model/test_logprob.py",
     ),
     Mutant(

@@ -3,7 +3,8 @@
 A group whose rewards are equal has advantage 0. Rollouts go on until a mini-batch of other groups
 is there; those left over wait in the reserve for the next update, the oldest first, with the
 log-probs of the policy that sampled them. What goes to the devices has the shape of any other
-mini-batch, so nothing is compiled anew. Host arrays; called by train.
+mini-batch, so nothing is compiled anew. Where a group is from and how it was scored goes with it,
+for traces. Host arrays; called by train.
 """
 
 from collections.abc import Callable
@@ -14,12 +15,13 @@ from jax.sharding import Mesh
 
 from gemma_cot import hosts
 from gemma_cot.config import TrainConfig
-from gemma_cot.grpo.rollout import Rollout, signal
+from gemma_cot.grpo.rollout import Rollout, score_array, signal
 from gemma_cot.grpo.step import add_advantages, weighted_batch
 
 MAX_ROLLOUTS = 8  # for one update; a mini-batch that they do not fill is filled up without signal
 
-# What an update needs of its groups: arrays [P, G, ...], by the names of their rows in a batch.
+# What an update needs of its groups: arrays [P, G, ...], by the names of their rows in a batch; and
+# what is known of them beside that, `origins`: arrays [P, ...].
 Groups = dict[str, np.ndarray]
 
 
@@ -37,10 +39,10 @@ def fill_batches(
     stop: Callable[[], bool],
     cfg: TrainConfig,
     mesh: Mesh,
-) -> tuple[list[dict], list[Rollout], dict[str, float], Reserve]:
+) -> tuple[list[dict], list[Groups], list[Rollout], dict[str, float], Reserve]:
     """Roll out until there are mini-batches of groups with signal.
 
-    Returns (batches, rollouts, metrics, what is left over).
+    Returns (batches, the groups of each, rollouts, metrics, what is left over).
 
     roll_out(number) -> (its mini-batches with old and reference log-probs, Rollout). After
     MAX_ROLLOUTS the mini-batch is filled up with groups of the last one that have no signal: what
@@ -50,19 +52,16 @@ def fill_batches(
     groups, rollouts = reserve.groups, []
     while num_groups(groups) < cfg.mini_batch and len(rollouts) < MAX_ROLLOUTS:
         if rollouts and stop():
-            return [], rollouts, {}, reserve
+            return [], [], rollouts, {}, reserve
         batches, rollout = roll_out(reserve.rollouts + len(rollouts))
         rollouts.append(rollout)
         fresh, signal_P = regroup(batches, rollout), signal(rollout)
         groups = join(groups, pick(fresh, signal_P))
     missing = max(0, cfg.mini_batch - num_groups(groups))
     groups = join(groups, pick(fresh, np.flatnonzero(~signal_P)[:missing]))
-    full = num_groups(groups) // cfg.mini_batch * cfg.mini_batch
-    batches = [
-        update_batch(pick(groups, slice(first, first + cfg.mini_batch)), cfg, mesh)
-        for first in range(0, full, cfg.mini_batch)
-    ]
-    left = Reserve(pick(groups, slice(full, None)), reserve.rollouts + len(rollouts))
+    parts = cut(groups, cfg.mini_batch)
+    rest = parts.pop() if num_groups(groups) % cfg.mini_batch else pick(groups, slice(0))
+    left = Reserve(rest, reserve.rollouts + len(rollouts))
     sampled = sum(int(rollout.mask_BT.sum()) for rollout in rollouts)
     kept = int(groups["mask_BT"].sum()) - int(reserve.groups["mask_BT"].sum())
     metrics = {
@@ -71,7 +70,7 @@ def fill_batches(
         "reserve_groups": num_groups(left.groups),
         "filled_groups": missing,
     }
-    return batches, rollouts, metrics, left
+    return [update_batch(part, cfg, mesh) for part in parts], parts, rollouts, metrics, left
 
 
 def regroup(batches: list[dict], rollout: Rollout) -> Groups:
@@ -82,19 +81,28 @@ def regroup(batches: list[dict], rollout: Rollout) -> Groups:
         parts = [hosts.fetch(batch[name]) for batch in batches]
         return np.concatenate([part.reshape(-1, G, *part.shape[2:]) for part in parts])
 
-    groups = {name: rows(name) for name in batches[0] if name != "weight_BT"}
-    mask_PGT = rollout.mask_BT.reshape(P, G, -1)
-    return groups | {
-        "mask_BT": mask_PGT, "reward_PG": rollout.reward_PG, "valid_PG": rollout.valid_PG
-    }  # fmt: skip
+    return {name: rows(name) for name in batches[0] if name != "weight_BT"} | origins(rollout)
+
+
+def origins(rollout: Rollout) -> Groups:
+    """Return what is known of a rollout's groups beside what an update is given of them."""
+    P, G = rollout.reward_PG.shape
+    return {
+        "mask_BT": rollout.mask_BT.reshape(P, G, -1),
+        "reward_PG": rollout.reward_PG,
+        "valid_PG": rollout.valid_PG,
+        "score_PKG": score_array(rollout.scores, G).swapaxes(0, 1).astype(np.float32),
+        "row_P": np.array([row.example.id for row in rollout.rows], np.int32),
+        "rollout_P": np.full(P, rollout.number, np.int32),
+    }
 
 
 def update_batch(groups: Groups, cfg: TrainConfig, mesh: Mesh) -> dict:
     """Return the batch of an update on these groups; weights and advantages are taken over them."""
     reward_PG, valid_PG = groups["reward_PG"], groups["valid_PG"]
-    rows = {name: value.reshape(-1, *value.shape[2:]) for name, value in groups.items()}
-    mask_BT = rows.pop("mask_BT")
-    batch = {name: value for name, value in rows.items() if not name.endswith("_PG")}
+    rows = {name: value for name, value in groups.items() if name.endswith(("_B", "_BT"))}
+    batch = {name: value.reshape(-1, *value.shape[2:]) for name, value in rows.items()}
+    mask_BT = batch.pop("mask_BT")
     batch = weighted_batch(batch, mask_BT, cfg, mesh)
     return add_advantages([batch], reward_PG, valid_PG, cfg, mesh)[0]
 
@@ -109,13 +117,19 @@ def pick(groups: Groups, which) -> Groups:
     return {name: value[which] for name, value in groups.items()}
 
 
+def cut(groups: Groups, size: int) -> list[Groups]:
+    """Return the groups `size` at a time, perhaps fewer at last."""
+    return [pick(groups, slice(i, i + size)) for i in range(0, num_groups(groups), size)]
+
+
 def join(first: Groups, second: Groups) -> Groups:
     """Return the groups of both, in this order."""
     return {name: np.concatenate([value, second[name]]) for name, value in first.items()}
 
 
-def empty_reserve(cfg: TrainConfig, T: int) -> Reserve:
-    """Return the reserve before the first rollout; T: columns of prompt and completion."""
+def empty_reserve(cfg: TrainConfig, T: int, K: int) -> Reserve:
+    """Return the reserve before the first rollout; T: columns of prompt and completion, K: reward
+    functions."""
     G = cfg.num_generations
     floats = ["logp_sampler_BT", "logp_old_BT"] + ["logp_ref_BT"] * bool(cfg.beta)
     groups = {name: np.zeros((0, G, T), np.float32) for name in floats}
@@ -125,6 +139,9 @@ def empty_reserve(cfg: TrainConfig, T: int) -> Reserve:
         "mask_BT": np.zeros((0, G, T), bool),
         "reward_PG": np.zeros((0, G), np.float32),
         "valid_PG": np.zeros((0, G), bool),
+        "score_PKG": np.zeros((0, K, G), np.float32),
+        "row_P": np.zeros(0, np.int32),
+        "rollout_P": np.zeros(0, np.int32),
     }
     return Reserve(groups, 0)
 

@@ -110,6 +110,12 @@ def reward_columns(rows: list[Encoded], repeats: int) -> tuple[list[str], dict[s
     return [example.prompt for example in examples], columns
 
 
+def score_array(scores: dict[str, list], group: int) -> np.ndarray:
+    """Return `score_KPG` of K reward functions, NaN for None."""
+    value = np.array([[np.nan if s is None else s for s in values] for values in scores.values()])
+    return value.reshape(len(scores), -1, group)
+
+
 def combine_rewards(
     scores: dict[str, list], weights: dict[str, float], group: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -119,12 +125,10 @@ def combine_rewards(
     that group's sums; where it applies to some only, the others have no comparable total and are
     not valid. A completion without any score is not valid either.
     """
-    names = list(scores)
-    value = np.array([[np.nan if s is None else s for s in scores[name]] for name in names])
-    value_KPG = value.reshape(len(names), -1, group)
+    value_KPG = score_array(scores, group)
     given_KPG = ~np.isnan(value_KPG)
     used_KP1 = given_KPG.any(axis=2, keepdims=True)
-    weight_K11 = np.array([weights[name] for name in names])[:, None, None]
+    weight_K11 = np.array([weights[name] for name in scores])[:, None, None]
     reward_PG = np.where(given_KPG, weight_K11 * value_KPG, 0.0).sum(axis=0)
     valid_PG = (given_KPG | ~used_KP1).all(axis=0) & given_KPG.any(axis=0)
     return np.where(valid_PG, reward_PG, 0.0).astype(np.float32), valid_PG

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from gemma_cot.axes import round_up
 from gemma_cot.config import ModelConfig
-from gemma_cot.model.gemma import group_states, hidden_states, unembed
-from gemma_cot.model.kernels.gradients import chosen_once, of_logits
+from gemma_cot.model.gemma import group_states, hidden_states
+from gemma_cot.model.kernels.gradients import chosen_once
 from gemma_cot.model.kernels.logprob import chosen_logprob
 from gemma_cot.model.params import Params
 
@@ -25,15 +25,7 @@ def chunk_of(cfg: ModelConfig, rows: int) -> int:
     return max(1, min(POSITIONS, LOGITS_BYTES // (4 * cfg.vocab_size)) // rows)
 
 
-@jax.named_scope("chosen_and_entropy")
-def chosen_and_entropy(params: Params, x: jax.Array, target: jax.Array, temperature: float):
-    """Return (log p(target), entropy in nats) of softmax(logits / temperature).
-
-    x: hidden states [..., D]; the results have the shape of target [...].
-    """
-    return of_logits(unembed(params, x) / temperature, target)
-
-
+@jax.named_scope("unembed")
 def by_chunks(params: Params, x_BTD, target_BT, temperature: float, chunk: int):
     """Return `chosen_once` of all positions, [B, chunk, V] logits existing at one time.
 
@@ -53,7 +45,7 @@ def by_chunks(params: Params, x_BTD, target_BT, temperature: float, chunk: int):
 
 
 def by_kernel(params: Params, x_BTD, target_BT, temperature: float):
-    """Return `chosen_and_entropy` of all positions, no logits in memory."""
+    """Return `chosen_logprob` of all positions, no logits in memory."""
     B, T, D = x_BTD.shape
     both = chosen_logprob(
         x_BTD.reshape(B * T, D), params["embed"], target_BT.reshape(-1), temperature

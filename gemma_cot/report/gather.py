@@ -7,14 +7,13 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma_cot.evaluation import compare, summarise
+from gemma_cot.evaluation import compare_stages, summarise
 from gemma_cot.metrics import read_metrics
 from gemma_cot.model.load import read_json
 from gemma_cot.results import read_results
 from gemma_cot.traces import traced_steps
 
 STAGES = ("base", "sft", "grpo")
-SCORES = (("full format", "format"), ("answer", "outcome"))
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def gather(folder: str | Path) -> RunFiles:
         environment=_optional(folder / "environment.json"),
         results=results,
         stages={stage: stages[stage] for stage in STAGES if stages.get(stage)},
-        comparisons=summary.get("comparisons") or _compare(results),
+        comparisons=summary.get("comparisons") or compare_stages(results),
         traced=traced_steps(folder),
     )
 
@@ -76,13 +75,3 @@ def gather(folder: str | Path) -> RunFiles:
 def _optional(path: Path) -> dict:
     """Read a JSON file, {} where there is none. Raises ValueError for a broken one."""
     return read_json(path) if path.is_file() else {}
-
-
-def _compare(results: dict[str, list[dict]]) -> dict[str, dict]:
-    """Return the paired tests of each stage with the one before it."""
-    names = list(results)
-    return {
-        f"{before} -> {after}, {score}": compare(results[before], results[after], column)
-        for before, after in zip(names, names[1:], strict=False)
-        for score, column in SCORES
-    }

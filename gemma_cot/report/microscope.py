@@ -161,8 +161,6 @@ def locate(reasoning: str, checkpoint: str) -> tuple[int, int] | None:
 
 def sum_text(member: dict, weights: dict[str, float]) -> str:
     """Return how a completion's reward adds up: `1·format 1 + 1·process 0.4 = 1.4`."""
-    if member["reward"] is None:
-        return "not known: scored before the run was stopped, kept in the reserve"
     if not member["valid"]:
         return "no total: a reward does not apply to it but to others of its group"
     parts = [
@@ -183,9 +181,6 @@ def advantage_texts(members: list[dict], config: dict) -> tuple[str, list[str]]:
     """
     scale = config.get("advantage_scale", "group")
     leave_one_out = config.get("baseline", "mean") == "leave_one_out"
-    if any(m["reward"] is None for m in members):
-        known = "rewards are not known: scored before the run was stopped, kept in the reserve"
-        return known, [f"A = {m['advantage']:.4g}, as the update was given it" for m in members]
     rewards = [m["reward"] - (m.get("kl_penalty") or 0.0) for m in members if m["valid"]]
     if not rewards:
         return "no completion of this group has a total", ["A = 0: no total"] * len(members)

@@ -12,6 +12,7 @@ from grpo_reference import reference_advantages, reference_weights
 
 from gemma_cot import axes, checkpoint
 from gemma_cot.config import TrainConfig
+from gemma_cot.data import Encoded, Example
 from gemma_cot.grpo.reserve import MAX_ROLLOUTS, empty_reserve, fill_batches, pack, unpack
 from gemma_cot.grpo.rollout import Rollout
 from gemma_cot.grpo.step import mini_batches
@@ -60,9 +61,12 @@ def rolled_out(number: int, mesh, cfg=CFG, rewards=REWARDS) -> tuple[list[dict],
         known = {"logp_old_BT": -part_BT / 4, "logp_ref_BT": -part_BT / 2}
         known = {name: value.astype(np.float32) for name, value in known.items()}
         batches.append(batch | split_batch(known, cfg.micro_batch, mesh))
+    scores = {"name": [float(name) for name in name_B], "none": [None] * P * G}
+    asked = [Example(100 * number + p, "math", "", "", {}, {}) for p in range(P)]
     rollout = Rollout(
-        name_BT, mask_BT, sampler_BT, name_B, stopped_B, useful_B, [""] * P * G, {},
-        np.array(rewards[number], np.float32), np.ones((P, G), bool),
+        name_BT, mask_BT, sampler_BT, name_B, stopped_B, useful_B, [""] * P * G, scores,
+        np.array(rewards[number], np.float32), np.ones((P, G), bool), number=number,
+        rows=tuple(Encoded(example, [], []) for example in asked),
     )  # fmt: skip
     return batches, rollout
 
@@ -73,7 +77,7 @@ def never() -> bool:
 
 def fills(mesh, count: int, cfg=CFG, rewards=REWARDS) -> list[tuple]:
     """Return what `fill_batches` gives, time after time."""
-    reserve, found = empty_reserve(cfg, T), []
+    reserve, found = empty_reserve(cfg, T, 2), []
     for _ in range(count):
         found.append(
             fill_batches(reserve, lambda n: rolled_out(n, mesh, cfg, rewards), never, cfg, mesh)
@@ -109,8 +113,9 @@ def test_the_groups_of_every_update_are_those_of_a_queue(mesh, mini_batch):
     twin = queue_twin(REWARDS, mini_batch)
     assert len(twin) == {1: 6, 2: 4, 4: 3}[mini_batch]
     for ours, (updates, rollouts, waiting) in zip(fills(mesh, len(twin), cfg), twin, strict=True):
-        batches, rolled, metrics, left = ours
+        batches, groups, rolled, metrics, left = ours
         assert [names(batch) for batch in batches] == updates
+        assert [part["row_P"].tolist() for part in groups] == updates
         assert len(rolled) == metrics["rollouts"] == rollouts
         assert metrics["reserve_groups"] == len(waiting) < mini_batch
         assert metrics["filled_groups"] == 0
@@ -138,6 +143,18 @@ def test_every_group_of_an_update_has_signal_and_its_own_numbers(mesh):
             np.testing.assert_allclose(flat["weight_BT"], weight_BT, rtol=1e-6)
 
 
+def test_where_a_group_is_from_and_its_scores_go_with_it(mesh):
+    """Through the checkpoint, which `fills` packs and unpacks the reserve for."""
+    found = fills(mesh, 4)
+    assert sum(batch["rollout_P"].min() < batch["rollout_P"].max() for f in found for batch in f[1])
+    for batches, groups, *_ in found:
+        for batch, part in zip(batches, groups, strict=True):
+            name_PG = np.asarray(batch["start_B"]).reshape(-1, G)
+            np.testing.assert_array_equal(part["rollout_P"], name_PG[:, 0] // 100)
+            np.testing.assert_array_equal(part["score_PKG"][:, 0], name_PG)
+            assert np.isnan(part["score_PKG"][:, 1]).all(), "None stays None"
+
+
 def test_one_std_is_taken_over_the_groups_of_the_update(mesh):
     cfg = dataclasses.replace(CFG, advantage_scale="batch")
     batch = fills(mesh, 4, cfg)[3][0][0]
@@ -153,13 +170,13 @@ def test_wasted_tokens_are_those_of_groups_without_signal(mesh):
     n_PG = [lengths(number).reshape(P, G) for number in range(4)]
     used = n_PG[0][0].sum() + n_PG[2][[0, 1, 3]].sum()  # those that wait count as used
     sampled = sum(n.sum() for n in n_PG[:3])
-    assert first[2]["wasted_tokens"] == pytest.approx(1 - used / sampled)
-    assert second[2]["wasted_tokens"] == 0.0  # rollout 3: all have signal
+    assert first[3]["wasted_tokens"] == pytest.approx(1 - used / sampled)
+    assert second[3]["wasted_tokens"] == 0.0  # rollout 3: all have signal
 
 
 def test_rollouts_without_signal_come_to_an_end(mesh):
     equal = [[[1, 1]] * P] * (MAX_ROLLOUTS - 1) + [[[0, 1]] + [[0, 0]] * (P - 1)]
-    (batches, rollouts, metrics, left), = fills(mesh, 1, rewards=equal)
+    (batches, _, rollouts, metrics, left), = fills(mesh, 1, rewards=equal)
     last = 100 * (MAX_ROLLOUTS - 1)
     assert len(rollouts) == MAX_ROLLOUTS == left.rollouts
     assert [names(batch) for batch in batches] == [[last, last + 1]]  # one with signal, one not
@@ -176,18 +193,18 @@ def test_a_stop_between_rollouts_leaves_the_reserve_as_it_was(mesh):
     before = fills(mesh, 3, cfg)[2][-1]
     assert names(before.groups) == [601]  # one waits; rollout 0 would add one each time
     asked = iter((False, True))
-    batches, rollouts, metrics, after = fill_batches(
+    batches, groups, rollouts, metrics, after = fill_batches(
         dataclasses.replace(before, rollouts=0), lambda n: rolled_out(0, mesh, cfg),
         lambda: next(asked), cfg, mesh,
     )  # fmt: skip
-    assert (batches, len(rollouts), metrics) == ([], 2, {})
+    assert (batches, groups, len(rollouts), metrics) == ([], [], 2, {})
     assert after == dataclasses.replace(before, rollouts=0)
 
 
 def test_a_checkpoint_holds_the_reserve_at_a_fixed_shape(mesh, tmp_path):
     reserves = [found[-1] for found in fills(mesh, 4)]
     assert [len(r.groups["start_B"]) for r in reserves] == [0, 0, 1, 1]
-    like = pack(empty_reserve(CFG, T), 4)
+    like = pack(empty_reserve(CFG, T, 2), 4)
     for step, reserve in enumerate(reserves):
         packed = pack(reserve, 4)
         assert {n: x.shape for n, x in packed.items()} == {n: x.shape for n, x in like.items()}

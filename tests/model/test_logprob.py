@@ -10,9 +10,9 @@ import pytest
 from reference import reference_logits, reference_logprobs
 
 from gemma_cot.model.gemma import logits
+from gemma_cot.model.kernels.gradients import chosen_once
 from gemma_cot.model.logprob import (
     by_chunks,
-    chosen_and_entropy,
     chunk_of,
     logprobs_and_entropy,
     token_logprobs,
@@ -121,13 +121,13 @@ def test_chunk_and_remat_change_neither_value_nor_gradient(cfg, params, tokens_B
 
 
 # One position's scores, given the hidden state and the table that the logits come from.
-score = jax.jit(chosen_and_entropy)
+score = jax.jit(chosen_once)
 
 
 def test_uniform_model_by_hand():
     """All logits equal: every token has log-prob -ln 50, entropy is ln 50 = 3.912023."""
     table_VD, x_CD = np.zeros((50, 20), np.float32), np.ones((2, 20), np.float32)
-    logp_C, entropy_C = score({"embed": table_VD}, x_CD, np.array([7, 8]), 0.7)
+    logp_C, entropy_C = score(table_VD, x_CD, np.array([7, 8]), 0.7)
     np.testing.assert_allclose(logp_C, -3.912023, rtol=1e-6)
     np.testing.assert_allclose(entropy_C, 3.912023, rtol=1e-6)
 
@@ -136,7 +136,7 @@ def test_sure_model_has_zero_entropy():
     """One logit 1000 above the rest: probability 1 in float32, and no NaN from 0 · log 0."""
     table_VD, x_CD = np.zeros((50, 20), np.float32), np.ones((2, 20), np.float32)
     table_VD[7] = 50.0  # 20 · 50 = 1000
-    logp_C, entropy_C = score({"embed": table_VD}, x_CD, np.array([7, 8]), 1.0)
+    logp_C, entropy_C = score(table_VD, x_CD, np.array([7, 8]), 1.0)
     np.testing.assert_array_equal(logp_C, [0.0, -1000.0])
     np.testing.assert_array_equal(entropy_C, [0.0, 0.0])
 

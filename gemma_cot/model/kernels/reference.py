@@ -2,16 +2,16 @@
 signatures, so that a kernel can be compared without parameters, a config or a cache.
 
 Nothing is written a second time here: masks and attention come from `layers` and `cache`, the
-log-prob from `logprob`. The kernels do not import this file, so that the model may call them.
+log-prob from `gradients`. The kernels do not import this file, so that the model may call them.
 """
 
 import jax
 import jax.numpy as jnp
 
 from gemma_cot.model.cache import Cache, decode_masks
+from gemma_cot.model.kernels.gradients import logits_of, of_logits
 from gemma_cot.model.kernels.layout import shared_attention
 from gemma_cot.model.layers import attention, causal_mask
-from gemma_cot.model.logprob import chosen_and_entropy
 
 
 def prefill_attention(
@@ -64,4 +64,4 @@ def chosen_logprob(
 
     Holds the logits [C, V]: 1.0 GiB for 1,024 positions of Gemma 3.
     """
-    return chosen_and_entropy({"embed": embed_VD}, x_CD, target_C, temperature)
+    return of_logits(logits_of(embed_VD, x_CD, temperature), target_C)
