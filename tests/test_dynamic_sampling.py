@@ -13,7 +13,9 @@ from small_runs import numbers, write_rows
 from gemma_cot.config import PRESETS, TrainConfig
 from gemma_cot.grpo.reward import RewardError
 from gemma_cot.metrics import MetricsWriter
+from gemma_cot.replay import open_replay, replay
 from gemma_cot.run import open_run, prepare
+from gemma_cot.traces import read_trace
 from gemma_cot.train import train_grpo
 from gemma_cot.turn import first_adapter
 
@@ -65,7 +67,7 @@ def cfg(tmp_path_factory, user) -> TrainConfig:
             train_data=str(folder / "train.jsonl"), eval_data=str(folder / "eval.jsonl"),
             output_dir=str(tmp_path_factory.mktemp("out") / "whole"), max_completion_tokens=40,
             lora_rank=4, sft_steps=0, grpo_steps=8, num_generations=4, prompts_per_rollout=4,
-            mini_batch=4, micro_batch=2, checkpoint_every=1, sample_every=0, trace_every=0,
+            mini_batch=4, micro_batch=2, checkpoint_every=1, sample_every=0, trace_every=1,
             dynamic_sampling=True, reward=("odd_reward:odd=1",),
         )
     )  # fmt: skip
@@ -153,3 +155,22 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(whole, cfg, user):
     assert adapter.keys() == again.keys()
     for name, value in adapter.items():
         np.testing.assert_array_equal(value, again[name])
+    # A trace tells of a group that waited where it was sampled, and its scores, also when resumed.
+    traces = {step: read_trace(cfg.output_dir, step) for step in range(1, 9)}
+    assert any(len({g["sampled_in"] for g in trace["groups"]}) > 1 for trace in traces.values())
+    for step, trace in traces.items():
+        assert trace == read_trace(cfg.output_dir.replace("broken", "whole"), step)
+        assert all(set(c["scores"]) == {"format", "process", "outcome", "odd"}
+                   for g in trace["groups"] for c in g["completions"])  # fmt: skip
+
+
+def test_a_step_with_groups_that_waited_is_made_again(whole, cfg, user):
+    sampled_in = {
+        step: {group["sampled_in"] for group in read_trace(cfg.output_dir, step)["groups"]}
+        for step in range(1, 9)
+    }
+    step = max(step for step, numbers in sampled_in.items() if len(numbers) > 1)
+    user.seen.clear()
+    run = open_replay(cfg.output_dir, cfg.mesh)
+    with jax.set_mesh(run.mesh):
+        assert replay(run, step) == read_trace(cfg.output_dir, step)

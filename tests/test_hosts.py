@@ -65,7 +65,7 @@ def flags(tmp_path_factory, shallow) -> list[str]:
         "eval_data": folder / "eval.jsonl", "reward": "hosts_reward:short=0.5",
         "max_completion_tokens": 40, "lora_rank": 4, "sft_steps": 1, "sft_batch": 4,
         "grpo_steps": 4, "num_generations": 2, "prompts_per_rollout": 4, "mini_batch": 2,
-        "micro_batch": 1, "eval_limit": 7, "checkpoint_every": 2, "trace_every": 0,
+        "micro_batch": 1, "eval_limit": 7, "checkpoint_every": 2, "trace_every": 2,
     }  # fmt: skip
     return [f"--{name}={value}" for name, value in given.items()]
 
@@ -107,8 +107,14 @@ def test_two_processes_give_the_numbers_of_one_and_resume(flags, tmp_path, reque
     for stage in ("base", "sft", "grpo"):
         results = read_results(two / f"eval/{stage}.jsonl")
         assert len(results) == 7 and results == read_results(one / f"eval/{stage}.jsonl")
-    for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
+    traces = [f"traces/{step}.json.gz" for step in (1, 2, 4)]
+    for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors", *traces):
         assert (two / name).read_bytes() == (one / name).read_bytes()
+    where = os.path.dirname(flags[0].partition("=")[2])
+    ((code, out, err),) = ends(
+        start(["-m", "gemma_cot.generate", f"--replay={two}:4:2"], 4, PYTHONPATH=where)
+    )
+    assert code == 0 and "the same tokens" in err, out + err
 
 
 PAIR = """

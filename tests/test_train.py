@@ -217,7 +217,7 @@ def test_a_rollout_feeds_several_passes_with_one_pi_old(whole, user_reward):
     out = whole.output_dir.replace("whole", "passes")
     cfg = dataclasses.replace(
         whole, output_dir=out, sft_steps=0, grpo_steps=5, num_iterations=2, eval_limit=2,
-        kl_in="reward", kl="k1", learning_rate=0.01, temperature=3.0, sample_every=0,
+        kl_in="reward", kl="k1", learning_rate=0.01, temperature=3.0, sample_every=0, trace_every=4,
     )  # fmt: skip
     user_reward.calls = 0
     train.main(cfg)
@@ -228,6 +228,10 @@ def test_a_rollout_feeds_several_passes_with_one_pi_old(whole, user_reward):
     drift = [row["logp_drift_max"] for row in rows]
     assert max(drift) < 1e-4  # pi_old is the sampler's policy in the second pass too
     assert all(row["kl"] > 0 for row in rows[1:4])
+    assert traced_steps(out) == [1, 4, 5]
+    run = open_replay(out, cfg.mesh)
+    with jax.set_mesh(run.mesh):  # the second pass over a rollout's second mini-batch
+        assert replay(run, 4) == read_trace(out, 4)
 
 
 def test_grpo_without_sft_starts_from_the_base_model(whole):
