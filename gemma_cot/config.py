@@ -125,6 +125,10 @@ class TrainConfig:
     dynamic_sampling: bool = setting(
         False, "Groups with equal rewards are replaced by sampling on until a mini-batch differs."
     )
+    length_buckets: int = setting(
+        1, "Widths of completions that updates are compiled for: each mini-batch takes the least "
+        "that holds its longest; 1: always max_completion_tokens."
+    )
     micro_batch: int = setting(1, "Completions a device runs forward and backward at a time.")
     learning_rate: float = setting(3e-6, "Peak learning rate of GRPO.")
     beta: float = setting(0.08, "Weight of the KL divergence from the reference (SFT) policy.")

@@ -36,7 +36,7 @@ _AT_LEAST = {
     "max_prompt_tokens": 1, "max_completion_tokens": 1, "lora_rank": 1, "sft_batch": 1,
     "sft_micro_batches": 1,
     "num_generations": 2, "prompts_per_rollout": 1, "mini_batch": 1, "micro_batch": 1,
-    "num_iterations": 1,
+    "num_iterations": 1, "length_buckets": 1,
     "eval_batch": 1, "rollout_slots": 0, "checkpoint_every": 0, "checkpoint_minutes": 0,
     "keep_checkpoints": 1,
     "beta": 0, "learning_rate": 0, "sft_learning_rate": 0,

@@ -63,7 +63,8 @@ def trace_of(run: Run, step: int, arrays: dict, known: Groups) -> dict:
         name.rsplit("_", 1)[0]: np.asarray(value).reshape(-1, T if name.endswith("T") else 1)
         for name, value in arrays.items()
     }
-    flat |= jax.device_get(_derived(flat, run.cfg)) | {"mask": known["mask_BT"].reshape(-1, T)}
+    flat |= jax.device_get(_derived(flat, run.cfg))
+    flat["mask"] = np.concatenate(known["mask_BT"])[:, :T]  # an update may have fewer columns
     rows = {row.example.id: row for row in run.train}
     groups = []
     for p, (number, rollout) in enumerate(zip(known["row_P"], known["rollout_P"], strict=True)):

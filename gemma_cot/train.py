@@ -29,13 +29,12 @@ from gemma_cot.grpo.step import make_logprobs
 from gemma_cot.lora import merge, save_peft
 from gemma_cot.metrics import MetricsWriter, read_metrics, step_line
 from gemma_cot.model.load import save_pretrained
-from gemma_cot.model.params import num_params
 from gemma_cot.optim import init_state, make_optimizer, make_schedule, split_batch
 from gemma_cot.policy import write_recipe
 from gemma_cot.profiling import Profile
 from gemma_cot.progress import Progress
 from gemma_cot.results import write_results, write_whole
-from gemma_cot.run import Run, open_run, prepare
+from gemma_cot.run import Run, describe, open_run, prepare
 from gemma_cot.session import Interrupted, Session
 from gemma_cot.settings import HOST_FLAGS, config_from_flags, define_flags, profile_range
 from gemma_cot.sft import make_sft_step, sft_batch
@@ -266,20 +265,6 @@ def finish(run: Run, results: dict[str, list[dict]], steps: dict[str, int]) -> N
     print(f"\n{table(stages, comparisons)}\n")
     print("  ".join(f"{name} {value:.0f}s" for name, value in seconds.items()))
     print(f"run folder: {run.out}  (curves.svg, summary.json, eval/, adapter/, merged/)")
-
-
-def describe(run: Run) -> str:
-    """Return what a run begins by printing."""
-    cfg, model_cfg = run.cfg, run.model_cfg
-    lines = [
-        f"model {run.model_dir}: {num_params(model_cfg):,} parameters, {model_cfg.num_layers} "
-        f"layers; LoRA rank {cfg.lora_rank} alpha {cfg.lora_alpha:g}",
-        f"data: {len(run.train)} training rows, {len(run.eval)} evaluation rows; devices: "
-        f"{run.mesh.devices.size} {run.mesh.devices.flat[0].platform}, mesh "
-        f"{run.mesh.shape['data']}x{run.mesh.shape['model']}",
-        *run.rejects,
-    ]
-    return "\n".join(lines)
 
 
 def main(cfg: TrainConfig) -> None:

@@ -113,8 +113,8 @@ AT_LEAST = {
         outcome_weight length_weight repetition_weight code_weight max_reward_errors
         checkpoint_every checkpoint_minutes trace_every max_skipped process_id""",
     1: """max_prompt_tokens max_completion_tokens lora_rank sft_batch sft_micro_batches
-        prompts_per_rollout mini_batch num_iterations micro_batch eval_batch keep_checkpoints
-        length_cache num_processes""",
+        prompts_per_rollout mini_batch num_iterations length_buckets micro_batch eval_batch
+        keep_checkpoints length_cache num_processes""",
     2: "num_generations",
 }
 BOUNDS = [(name, least) for least, names in AT_LEAST.items() for name in names.split()]

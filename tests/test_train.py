@@ -218,6 +218,7 @@ def test_a_rollout_feeds_several_passes_with_one_pi_old(whole, user_reward):
     cfg = dataclasses.replace(
         whole, output_dir=out, sft_steps=0, grpo_steps=5, num_iterations=2, eval_limit=2,
         kl_in="reward", kl="k1", learning_rate=0.01, temperature=3.0, sample_every=0, trace_every=4,
+        length_buckets=3,
     )  # fmt: skip
     user_reward.calls = 0
     train.main(cfg)

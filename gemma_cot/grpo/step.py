@@ -5,6 +5,7 @@ all come from `model.logprob`; when a rollout feeds one update only, pi_old is t
 (ratio 1), else it is the policy from before the first of them, frozen.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -14,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from gemma_cot import hosts
-from gemma_cot.axes import per_device, replicated
+from gemma_cot.axes import per_device, replicated, round_up
 from gemma_cot.config import ModelConfig, TrainConfig
 from gemma_cot.grpo.loss import group_advantages, grpo_loss, kl_penalty, token_weights
 from gemma_cot.model.logprob import logprobs_and_entropy
@@ -33,13 +34,24 @@ def mini_batches(samples: Samples, cfg: TrainConfig, mesh: Mesh) -> list[dict]:
     batches = []
     for first in range(0, len(samples.tokens_BT), rows):
         part = slice(first, first + rows)
+        columns = slice(columns_of(samples.completion_mask_BT[part], cfg))
         batch = {
-            "tokens_BT": samples.tokens_BT[part],
+            "tokens_BT": samples.tokens_BT[part, columns],
             "start_B": samples.start_B[part],
-            "logp_sampler_BT": samples.logp_BT[part],
+            "logp_sampler_BT": samples.logp_BT[part, columns],
         }
-        batches.append(weighted_batch(batch, samples.completion_mask_BT[part], cfg, mesh))
+        batches.append(weighted_batch(batch, samples.completion_mask_BT[part, columns], cfg, mesh))
     return batches
+
+
+def columns_of(mask_BT: np.ndarray, cfg: TrainConfig) -> int:
+    """Return how many columns an update needs: the prompt's, and one of `length_buckets` widths
+    that holds its longest completion. All of them with dynamic sampling, whose groups wait."""
+    T, longest = mask_BT.shape[1], cfg.max_completion_tokens
+    if cfg.dynamic_sampling or cfg.length_buckets == 1:
+        return T
+    width = round_up(int(mask_BT.sum(axis=1).max()), math.ceil(longest / cfg.length_buckets))
+    return T - longest + min(longest, width)
 
 
 def weighted_batch(batch: dict, mask_BT: np.ndarray, cfg: TrainConfig, mesh: Mesh) -> dict:

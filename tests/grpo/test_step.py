@@ -21,6 +21,7 @@ from gemma_cot.grpo.rollout import Rollout
 from gemma_cot.grpo.step import (
     add_advantages,
     add_logprobs,
+    columns_of,
     make_grpo_step,
     make_logprobs,
     mini_batches,
@@ -239,6 +240,35 @@ def test_every_adapter_leaf_moves_and_the_base_does_not(
     same = jax.tree.map(lambda x, y: bool((x == y).all()), weights, before)
     assert all(jax.tree.leaves(same))
     assert int(new.step) == 1
+
+
+@pytest.mark.parametrize(
+    ("buckets", "longest", "width"),
+    [(1, 3, 5), (5, 3, 3), (2, 3, 3), (2, 4, 5), (2, 1, 3), (9, 5, 5)],
+)
+def test_an_update_takes_the_least_width_that_holds_its_longest_completion(buckets, longest, width):
+    """5 in 2 widths: 3 and 5."""
+    mask_BT = np.arange(WIDTH + LONGEST)[None] < WIDTH + np.array([[1], [longest]])
+    mask_BT &= np.arange(WIDTH + LONGEST) >= WIDTH
+    cfg = dataclasses.replace(CFG, length_buckets=buckets)
+    assert columns_of(mask_BT, cfg) == WIDTH + width
+    waits = dataclasses.replace(cfg, dynamic_sampling=True)
+    assert columns_of(mask_BT, waits) == WIDTH + LONGEST
+
+
+def test_widths_of_updates_change_nothing(shallow, weights, rollout, policy, reference):
+    short = dataclasses.replace(rollout, mask_BT=rollout.mask_BT.copy())
+    short.mask_BT[:4, WIDTH + 3 :] = False  # the first mini-batch: at most 3 tokens
+    mesh = axes.make_mesh(devices=jax.devices()[:1])
+    cut = dataclasses.replace(CFG, length_buckets=2)
+    widths = [batch["tokens_BT"].shape[-1] for batch in scored_batches(short, cut, mesh)]
+    assert widths == [WIDTH + 3, WIDTH + 5]
+    got = updates(shallow, weights, short, policy, reference, length_buckets=2)
+    want = updates(shallow, weights, short, policy, reference)
+    for ours, whole in zip(got[0], want[0], strict=True):
+        assert distance(ours, whole) < 1e-5
+    for ours, whole in zip(got[1], want[1], strict=True):
+        assert ours == pytest.approx(whole, rel=1e-4, abs=1e-5)
 
 
 def test_the_first_update_is_on_policy(one_by_one):
