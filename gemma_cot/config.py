@@ -240,6 +240,7 @@ PRESETS: dict[str, dict] = {
     "gemma3_1b_v5e8": dict(
         output_dir="runs/gemma3_1b",
         remat="all",
+        length_buckets=4,
         session="9h",
         instruction=(
             "Think step by step, then answer. Write your thinking between <reasoning> and "
