@@ -184,7 +184,8 @@ def sample_call(
 
 
 def grpo_batch(setup: Setup, scored: bool = True) -> dict:
-    """Return one of `mini_batches`, abstract; scored: with the log-probs that an update needs."""
+    """Return one of `mini_batches`, abstract, at its widest; scored: with the log-probs that an
+    update needs."""
     cfg = setup.cfg
     names = ["logp_sampler_BT", "weight_BT"]
     names += ["logp_old_BT"] if scored and needs_old(cfg) else []

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -121,6 +122,33 @@ def test_watching_a_run_ends_with_it(small_run, tmp_path):
     first, last = done.stdout.splitlines()
     assert first.endswith(f"grpo 40  {output}") and last.startswith(f"{output}: ")
     assert 'id="reload"' not in output.read_text()  # it is finished: nothing to wait for
+
+
+def test_watching_a_run_that_goes_on_writes_the_report_anew(small_run, tmp_path):
+    """The run's files as they were at half of its steps, then the rest, then its end."""
+    run = shutil.copytree(small_run, tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    half = len(lines) // 2
+    (run / "metrics.jsonl").write_text("".join(lines[:half]))
+    summary, ending = (run / "summary.json").read_text(), run / "summary.json"
+    ending.unlink()
+    output = tmp_path / "live.html"
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "gemma_cot.report", f"--run={run}", f"--output={output}",
+         "--watch"], stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+            step = json.loads(lines[half - 1])["step"]
+            assert process.stdout.readline().strip().endswith(f"grpo {step}  {output}")
+            assert 'id="reload"' in output.read_text()
+            (run / "metrics.jsonl").write_text("".join(lines))
+            assert process.stdout.readline().strip().endswith(f"grpo 40  {output}")
+            ending.write_text(summary)
+            assert process.stdout.readline().strip().endswith(f"grpo 40  {output}")
+            assert process.wait(300) == 0
+        finally:
+            process.kill()
+    assert 'id="reload"' not in output.read_text()
 
 
 @pytest.mark.parametrize(
