@@ -99,12 +99,11 @@ def origins(rollout: Rollout) -> Groups:
 
 def update_batch(groups: Groups, cfg: TrainConfig, mesh: Mesh) -> dict:
     """Return the batch of an update on these groups; weights and advantages are taken over them."""
-    reward_PG, valid_PG = groups["reward_PG"], groups["valid_PG"]
     rows = {name: value for name, value in groups.items() if name.endswith(("_B", "_BT"))}
     batch = {name: value.reshape(-1, *value.shape[2:]) for name, value in rows.items()}
     mask_BT = batch.pop("mask_BT")
     batch = weighted_batch(batch, mask_BT, cfg, mesh)
-    return add_advantages([batch], reward_PG, valid_PG, cfg, mesh)[0]
+    return add_advantages([batch], groups["reward_PG"], groups["valid_PG"], cfg, mesh)[0]
 
 
 def num_groups(groups: Groups) -> int:
