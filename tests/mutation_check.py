@@ -112,7 +112,7 @@ MUTANTS = (
         "model/kernels/gradients.py",
         "+ scale * lora_product",
         "+ lora_product",
-        "tests/lora",
+        "tests/model/test_layers.py",
     ),
     Mutant(
         "a merged adapter's scale missing in its gradient",
@@ -268,7 +268,7 @@ MUTANTS = (
 def run_tests(tests: str, package_parent: Path) -> bool:
     """Return whether the tests pass with the package found in `package_parent`."""
     environment = os.environ | {"PYTHONPATH": str(package_parent)}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests]
+    command = [sys.executable, "-m", "pytest", "-xq", "-n0", "-p", "no:cacheprovider", tests]
     done = subprocess.run(command, cwd=package_parent, env=environment, capture_output=True)
     if done.returncode not in (0, 1):
         raise SystemExit(f"pytest could not run {tests}:\n{done.stdout.decode()[-2000:]}")
