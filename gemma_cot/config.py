@@ -127,7 +127,7 @@ class TrainConfig:
     )
     length_buckets: int = setting(
         1, "Widths of completions that updates are compiled for: each mini-batch takes the least "
-        "that holds its longest; 1: always max_completion_tokens."
+        "that holds its longest; 1: always max_completion_tokens, as with dynamic sampling."
     )
     micro_batch: int = setting(1, "Completions a device runs forward and backward at a time.")
     learning_rate: float = setting(3e-6, "Peak learning rate of GRPO.")

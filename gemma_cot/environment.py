@@ -1,6 +1,6 @@
 """What a run ran on and with: versions, devices, memory, model, data.
 
-Called by train, which writes it beside its settings; read by report.
+Called by train, which prints it and writes it beside its settings; read by report.
 """
 
 import json
@@ -45,6 +45,20 @@ def environment(run: Run) -> dict:
             for split in files
         },
     }
+
+
+def describe(run: Run) -> str:
+    """Return what a run is, to be printed at its beginning."""
+    cfg, model_cfg = run.cfg, run.model_cfg
+    lines = [
+        f"model {run.model_dir}: {num_params(model_cfg):,} parameters, {model_cfg.num_layers} "
+        f"layers; LoRA rank {cfg.lora_rank} alpha {cfg.lora_alpha:g}",
+        f"data: {len(run.train)} training rows, {len(run.eval)} evaluation rows; devices: "
+        f"{run.mesh.devices.size} {run.mesh.devices.flat[0].platform}, mesh "
+        f"{run.mesh.shape['data']}x{run.mesh.shape['model']}",
+        *run.rejects,
+    ]
+    return "\n".join(lines)
 
 
 def data_card(rows: list[Encoded]) -> dict:

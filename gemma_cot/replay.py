@@ -86,9 +86,8 @@ def replay(run: Run, step: int, say: Callable[[str], None] = lambda line: None) 
     while True:
         say(f"replay: GRPO step {done + 1} of {step}")
         roll = partial(scored_rollout, run, logprobs, state.lora, reference, time.perf_counter)
-        batches, known, _, _, reserve = next_batches(run, roll, done, reserve)
-        pairs = list(zip(batches, known, strict=True)) * cfg.num_iterations
-        for batch, groups in pairs[: step - done]:
+        updates, _, _, reserve = next_batches(run, roll, done, reserve)
+        for batch, groups in updates[: step - done]:
             done += 1
             if done == step:
                 measure = make_logprobs(run.model_cfg, cfg, run.mesh, run.width, entropy=True)

@@ -36,7 +36,7 @@ from gemma_cot.guard.user import checked, load_reward
 from gemma_cot.lora import Lora, init_lora
 from gemma_cot.metrics import truncate_after
 from gemma_cot.model.load import load_pretrained, read_json
-from gemma_cot.model.params import Params, num_params
+from gemma_cot.model.params import Params
 from gemma_cot.optim import TrainState
 from gemma_cot.policy import mesh_for, resolve_dtype
 from gemma_cot.results import open_results, read_protocol, write_whole
@@ -348,20 +348,6 @@ def check_positions(cfg: TrainConfig, model_cfg: ModelConfig) -> None:
             f"--max_completion_tokens: prompt + completion must fit the model's "
             f"{model_cfg.max_positions} positions, got {longest}; lower it"
         )
-
-
-def describe(run: Run) -> str:
-    """Return what a run is, to be printed at its beginning."""
-    cfg, model_cfg = run.cfg, run.model_cfg
-    lines = [
-        f"model {run.model_dir}: {num_params(model_cfg):,} parameters, {model_cfg.num_layers} "
-        f"layers; LoRA rank {cfg.lora_rank} alpha {cfg.lora_alpha:g}",
-        f"data: {len(run.train)} training rows, {len(run.eval)} evaluation rows; devices: "
-        f"{run.mesh.devices.size} {run.mesh.devices.flat[0].platform}, mesh "
-        f"{run.mesh.shape['data']}x{run.mesh.shape['model']}",
-        *run.rejects,
-    ]
-    return "\n".join(lines)
 
 
 def open_run(run: Run) -> None:

@@ -22,7 +22,7 @@ from gemma_cot.checkpoint import write_folder
 from gemma_cot.config import TrainConfig
 from gemma_cot.curves import draw_curves
 from gemma_cot.data import indices_for_step, target_width
-from gemma_cot.environment import peak_memory_gib, write_environment
+from gemma_cot.environment import describe, peak_memory_gib, write_environment
 from gemma_cot.evaluation import compare_stages, evaluate_batches, summarise, table
 from gemma_cot.grpo.rollout import Rollout, mean_metrics
 from gemma_cot.grpo.step import make_logprobs
@@ -34,7 +34,7 @@ from gemma_cot.policy import write_recipe
 from gemma_cot.profiling import Profile
 from gemma_cot.progress import Progress
 from gemma_cot.results import write_results, write_whole
-from gemma_cot.run import Run, describe, open_run, prepare
+from gemma_cot.run import Run, open_run, prepare
 from gemma_cot.session import Interrupted, Session
 from gemma_cot.settings import HOST_FLAGS, config_from_flags, define_flags, profile_range
 from gemma_cot.sft import make_sft_step, sft_batch
@@ -99,19 +99,18 @@ def train_grpo(run: Run, writer: MetricsWriter, lora, reference):
     while step < cfg.grpo_steps and run.turn("grpo", step, cfg.grpo_steps):
         profile.turn(step, updates_of(cfg), state)
         roll = partial(scored_rollout, run, logprobs, state.lora, reference, log)
-        batches, known, rollouts, extra, reserve = next_batches(run, roll, step, reserve)
+        updates, rollouts, extra, reserve = next_batches(run, roll, step, reserve)
         run.keep_errors()
-        batches = (batches * cfg.num_iterations)[: cfg.grpo_steps - step]
+        updates = updates[: cfg.grpo_steps - step]
         measured, began = [], time.perf_counter()
         show_samples(cfg, rollouts)
-        for number, batch in enumerate(batches, step + 1):
-            groups = known[(number - step - 1) % len(known)]
+        for number, (batch, groups) in enumerate(updates, step + 1):
             seen = trace(run.params, state.lora, batch) if is_traced(cfg, number) else None
             state, metrics = step_fn(state, run.params, batch)
             measured.append(metrics)
             if seen is not None:
                 save_trace(run, number, batch, seen, groups)
-        pending.append((step, began, batches, measured, rollouts, extra))
+        pending.append((step, began, updates, measured, rollouts, extra))
         before, step = step, step + len(measured)
         if run.save_due(before, step):
             log()
@@ -128,15 +127,15 @@ def log_updates(
 ) -> float:
     """Wait for dispatched updates, write and print their metrics; return the time when they ended.
 
-    pending, which is emptied: (step before the first, time of dispatch, batches, metrics of each
+    pending, which is emptied: (step before the first, time of dispatch, updates, metrics of each
     on the devices, rollouts, further metrics). The devices have the next rollout to do meanwhile,
     so the host's work costs them nothing.
     """
     ended = time.perf_counter()
     while pending:
-        step, ended, batches, measured, rollouts, extra = pending.pop()
+        step, ended, updates, measured, rollouts, extra = pending.pop()
         shared = mean_metrics(rollouts) | extra
-        for batch, metrics in zip(batches, measured, strict=True):
+        for (batch, _), metrics in zip(updates, measured, strict=True):
             metrics = {name: float(value) for name, value in metrics.items()}
             step, began, ended = step + 1, ended, time.perf_counter()
             metrics |= shared | times(rollouts, ended - began, metrics["tokens"], len(measured))

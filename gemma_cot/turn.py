@@ -69,18 +69,21 @@ def updates_of(cfg: TrainConfig) -> int:
 
 @jax.profiler.annotate_function
 def next_batches(run: Run, roll, step: int, reserve: Reserve | None):
-    """Return (batches of the next updates, the `origins` of their groups, the rollouts, further
-    metrics, the reserve then).
+    """Return (the next updates, the rollouts, further metrics, the reserve then).
 
+    An update is (batch, the `origins` of its groups); there are `num_iterations` passes over them.
     roll(number) -> (batches, rollout). They are those of one rollout or, with dynamic sampling, of
     as many as it takes.
     """
     cfg = run.cfg
     if cfg.dynamic_sampling:
-        return fill_batches(reserve, roll, run.out_of_time, cfg, run.mesh)
-    batches, rollout = roll(step // updates_of(cfg))
-    batches = add_advantages(batches, rollout.reward_PG, rollout.valid_PG, cfg, run.mesh)
-    return batches, cut(origins(rollout), cfg.mini_batch), [rollout], {}, reserve
+        updates, *rest = fill_batches(reserve, roll, run.out_of_time, cfg, run.mesh)
+    else:
+        batches, rollout = roll(step // updates_of(cfg))
+        batches = add_advantages(batches, rollout.reward_PG, rollout.valid_PG, cfg, run.mesh)
+        updates = list(zip(batches, cut(origins(rollout), cfg.mini_batch), strict=True))
+        rest = [rollout], {}, reserve
+    return updates * cfg.num_iterations, *rest
 
 
 @jax.profiler.annotate_function

@@ -237,8 +237,8 @@ MUTANTS = (
     Mutant(
         "log-probs at temperature 1",
         "model/kernels/gradients.py",
-        "preferred_element_type=f32) / temperature",
-        "preferred_element_type=f32)",
+        "    logits = logits_of(embed_VD, x) / temperature\n",
+        "    logits = logits_of(embed_VD, x)\n",
         "tests/model/test_logprob.py",
     ),
     Mutant(

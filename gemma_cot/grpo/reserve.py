@@ -3,8 +3,7 @@
 A group whose rewards are equal has advantage 0. Rollouts go on until a mini-batch of other groups
 is there; those left over wait in the reserve for the next update, the oldest first, with the
 log-probs of the policy that sampled them. What goes to the devices has the shape of any other
-mini-batch, so nothing is compiled anew. Where a group is from and how it was scored goes with it,
-for traces. Host arrays; called by train.
+mini-batch, so nothing is compiled anew. A group's origin and scores go with it. Host arrays.
 """
 
 from collections.abc import Callable
@@ -20,8 +19,7 @@ from gemma_cot.grpo.step import add_advantages, weighted_batch
 
 MAX_ROLLOUTS = 8  # for one update; a mini-batch that they do not fill is filled up without signal
 
-# What an update needs of its groups: arrays [P, G, ...], by the names of their rows in a batch; and
-# what is known of them beside that, `origins`: arrays [P, ...].
+# What an update needs of its groups, [P, G, ...], named as in a batch; and `origins`, [P, ...].
 Groups = dict[str, np.ndarray]
 
 
@@ -39,10 +37,10 @@ def fill_batches(
     stop: Callable[[], bool],
     cfg: TrainConfig,
     mesh: Mesh,
-) -> tuple[list[dict], list[Groups], list[Rollout], dict[str, float], Reserve]:
+) -> tuple[list[tuple[dict, Groups]], list[Rollout], dict[str, float], Reserve]:
     """Roll out until there are mini-batches of groups with signal.
 
-    Returns (batches, the groups of each, rollouts, metrics, what is left over).
+    Returns (updates: each a batch and its groups, rollouts, metrics, what is left over).
 
     roll_out(number) -> (its mini-batches with old and reference log-probs, Rollout). After
     MAX_ROLLOUTS the mini-batch is filled up with groups of the last one that have no signal: what
@@ -52,7 +50,7 @@ def fill_batches(
     groups, rollouts = reserve.groups, []
     while num_groups(groups) < cfg.mini_batch and len(rollouts) < MAX_ROLLOUTS:
         if rollouts and stop():
-            return [], [], rollouts, {}, reserve
+            return [], rollouts, {}, reserve
         batches, rollout = roll_out(reserve.rollouts + len(rollouts))
         rollouts.append(rollout)
         fresh, signal_P = regroup(batches, rollout), signal(rollout)
@@ -70,7 +68,7 @@ def fill_batches(
         "reserve_groups": num_groups(left.groups),
         "filled_groups": missing,
     }
-    return [update_batch(part, cfg, mesh) for part in parts], parts, rollouts, metrics, left
+    return [(update_batch(part, cfg, mesh), part) for part in parts], rollouts, metrics, left
 
 
 def regroup(batches: list[dict], rollout: Rollout) -> Groups:

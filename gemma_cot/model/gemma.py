@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from gemma_cot.config import ModelConfig
-from gemma_cot.model.kernels.gradients import PRODUCT
+from gemma_cot.model.kernels.gradients import PRODUCT, logits_of
 from gemma_cot.model.kernels.prefill import prefill_attention
 from gemma_cot.model.layers import attention, block, causal_mask, rms_norm, rope_angles
 from gemma_cot.model.params import Params
@@ -141,7 +141,7 @@ def group_states(
 @jax.named_scope("unembed")
 def unembed(params: Params, x_BTD: jax.Array, product=jnp.einsum) -> jax.Array:
     """Return float32 logits of hidden states against the tied embedding, last axis V."""
-    return product("...D,VD->...V", x_BTD, params["embed"], preferred_element_type=jnp.float32)
+    return logits_of(params["embed"], x_BTD, product)
 
 
 def logits(

@@ -76,12 +76,13 @@ def never() -> bool:
 
 
 def fills(mesh, count: int, cfg=CFG, rewards=REWARDS) -> list[tuple]:
-    """Return what `fill_batches` gives, time after time."""
+    """Return (batches, the groups of each, ...) that `fill_batches` gives, time after time."""
     reserve, found = empty_reserve(cfg, T, 2), []
     for _ in range(count):
-        found.append(
-            fill_batches(reserve, lambda n: rolled_out(n, mesh, cfg, rewards), never, cfg, mesh)
+        updates, *rest = fill_batches(
+            reserve, lambda n: rolled_out(n, mesh, cfg, rewards), never, cfg, mesh
         )
+        found.append(([batch for batch, _ in updates], [groups for _, groups in updates], *rest))
         reserve = unpack(pack(found[-1][-1], cfg.mini_batch))
     return found
 
@@ -193,11 +194,11 @@ def test_a_stop_between_rollouts_leaves_the_reserve_as_it_was(mesh):
     before = fills(mesh, 3, cfg)[2][-1]
     assert names(before.groups) == [601]  # one waits; rollout 0 would add one each time
     asked = iter((False, True))
-    batches, groups, rollouts, metrics, after = fill_batches(
+    updates, rollouts, metrics, after = fill_batches(
         dataclasses.replace(before, rollouts=0), lambda n: rolled_out(0, mesh, cfg),
         lambda: next(asked), cfg, mesh,
     )  # fmt: skip
-    assert (batches, groups, len(rollouts), metrics) == ([], [], 2, {})
+    assert (updates, len(rollouts), metrics) == ([], 2, {})
     assert after == dataclasses.replace(before, rollouts=0)
 
 

@@ -154,27 +154,26 @@ def of_logits(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Arra
     return chosen - log_z, log_z - mean
 
 
-def logits_of(embed_VD: jax.Array, x: jax.Array, temperature: float) -> jax.Array:
-    """Return float32 logits [..., V] of hidden states [..., D]."""
-    f32 = jnp.float32
-    return jnp.einsum("...D,VD->...V", x, embed_VD, preferred_element_type=f32) / temperature
+def logits_of(embed_VD: jax.Array, x: jax.Array, product=jnp.einsum) -> jax.Array:
+    """Return float32 logits [..., V] of hidden states [..., D]; product: how x meets a weight."""
+    return product("...D,VD->...V", x, embed_VD, preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp
 def chosen_once(embed_VD: jax.Array, x: jax.Array, target: jax.Array, temperature: float):
-    """Return `of_logits` of `logits_of`, of which only the log-prob carries a gradient.
+    """Return `of_logits` of logits / temperature, of which only the log-prob carries a gradient.
 
     The gradient for x is computed with the value, while the logits are there:
         d log p(y) / d x = sum_v (1[v = y] - p_v) embed_v / temperature
     so that the backward pass multiplies with a number a position. Where the embedding is trained
     too, the backward pass computes the logits again instead.
     """
-    return of_logits(logits_of(embed_VD, x, temperature), target)
+    return of_logits(logits_of(embed_VD, x) / temperature, target)
 
 
 def _chosen_once_forward(*primals):
     embed_VD, x, target, temperature = (primal.value for primal in primals)
-    logits = logits_of(embed_VD, x, temperature)
+    logits = logits_of(embed_VD, x) / temperature
     both = of_logits(logits, target)
     if primals[0].perturbed:
         return both, (embed_VD, x, target, temperature)
@@ -194,7 +193,7 @@ def _chosen_once_backward(kept, cotangents):
     embed_VD, x, target, temperature = kept
 
     def logp(embed_VD, x):
-        return of_logits(logits_of(embed_VD, x, temperature), target)[0]
+        return of_logits(logits_of(embed_VD, x) / temperature, target)[0]
 
     return *jax.vjp(logp, embed_VD, x)[1](d_logp), None, None
 
