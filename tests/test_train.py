@@ -218,7 +218,6 @@ def test_a_rollout_feeds_several_passes_with_one_pi_old(whole, user_reward):
     cfg = dataclasses.replace(
         whole, output_dir=out, sft_steps=0, grpo_steps=5, num_iterations=2, eval_limit=2,
         kl_in="reward", kl="k1", learning_rate=0.01, temperature=3.0, sample_every=0, trace_every=4,
-        length_buckets=3,
     )  # fmt: skip
     user_reward.calls = 0
     train.main(cfg)
@@ -237,9 +236,16 @@ def test_a_rollout_feeds_several_passes_with_one_pi_old(whole, user_reward):
 
 def test_grpo_without_sft_starts_from_the_base_model(whole):
     out = whole.output_dir.replace("whole", "no_sft")
-    cfg = dataclasses.replace(whole, output_dir=out, sft_steps=0, grpo_steps=2, eval_limit=4,
-                              profile_steps="1:2")  # fmt: skip
+    cfg = dataclasses.replace(
+        whole, output_dir=out, sft_steps=0, grpo_steps=2, eval_limit=4, profile_steps="1:2",
+        max_completion_tokens=160, length_buckets=8,
+    )  # fmt: skip
     train.main(cfg)
+    for step in (1, 2):  # updates narrower than the longest completion allowed, and traced so
+        groups = read_trace(out, step)["groups"]
+        longest = max(len(c["ids"]) for group in groups for c in group["completions"])
+        assert longest <= 140, "none of 8 widths could be left out"
+        assert all(len(c["logp"]) == len(c["ids"]) for g in groups for c in g["completions"])
     (profile,) = Path(out).glob("profile/plugins/profile/*/*.xplane.pb")
     for scope in (b"scored_rollout", b"log_updates", b"attention", b"decode_step", b"grpo_loss"):
         assert scope in profile.read_bytes(), scope

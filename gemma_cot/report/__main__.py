@@ -31,7 +31,7 @@ def define_report_flags() -> None:
 def write_report(output: Path, live: bool) -> RunFiles:
     """Write the report of --run once; return what it was made of."""
     run = gather(FLAGS.run)
-    write_whole(output, report_html(run, live and not run.finished))
+    write_whole(output, report_html(run, live))
     return run
 
 

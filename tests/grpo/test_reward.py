@@ -210,6 +210,11 @@ def test_rows_are_scored_one_by_one():
     assert outcome_reward(["p"] * 3, completions, metadata=metadata) == [1.0, None, 1.0]
 
 
+@pytest.mark.parametrize("blank", ["\t", "\n", "\r\n", "\u00a0", "\u2003", "\x85", "  "])
+def test_normalise_takes_any_white_space_for_one_space(blank):
+    assert normalise(f"{blank}a{blank}b 1{blank}+{blank}2{blank}") == "a b 1+2"
+
+
 def test_normalise_is_stable():
     once = normalise(" $4 × ( 2 + 1 ) = 12 % OF  it ")
     assert once == "4*(2+1)=12%of it"
