@@ -12,6 +12,7 @@ import numpy as np
 import shapes
 
 from gemma_cot.axes import make_mesh, replicated
+from gemma_cot.cli import trim_after_compiling
 from gemma_cot.config import ModelConfig, TrainConfig, five_to_one
 from gemma_cot.grpo.rollout import sample_prompts
 from gemma_cot.grpo.step import (
@@ -28,6 +29,7 @@ from gemma_cot.model.sample import Samples
 from gemma_cot.optim import init_state, make_optimizer, make_schedule
 
 flags = shapes.parse("gemma_cot")
+trim_after_compiling()  # as every command does
 size = shapes.SHAPES[flags.shape]
 model_cfg = ModelConfig(
     **size, window=shapes.WINDOW, global_layers=five_to_one(size["num_layers"]),

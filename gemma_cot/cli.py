@@ -1,5 +1,7 @@
-"""What every command line shares: one clear line and exit code 2 for bad input, quiet logs."""
+"""What every command line shares: one clear line and exit code 2 for bad input, quiet logs, memory
+given back after compiling."""
 
+import ctypes
 import errno
 import logging as pylogging
 import os
@@ -9,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
+import jax
 from absl import app, flags, logging
 
 from gemma_cot import hosts
@@ -36,6 +39,23 @@ def _parse(argv: list[str]) -> list[str]:
         _refuse(f"{error}; --helpfull lists every flag")
 
 
+def trim_after_compiling() -> None:
+    """From now on give back to the system what a compiler has freed, each time it has worked for
+    more than half a second, before its program runs.
+
+    glibc keeps it otherwise: on a CPU some 0.3 GiB that then lie under the run's peak. Does nothing
+    with another C library.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+    def compiled(event: str, seconds: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration" and seconds > 0.5:
+            trim(0)
+
+    if trim:
+        jax.monitoring.register_event_duration_secs_listener(compiled)
+
+
 def join_hosts(coordinator: str, num_processes: int, process_id: int) -> None:
     """Meet the other processes of a run, if there are any; all but the first then print nothing."""
     if coordinator:
@@ -61,6 +81,7 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> None:
     pylogging.raiseExceptions = False  # a full disk is told once, not by every log that it hits
     warnings.showwarning = _warn
     threading.excepthook = _warn_of_thread
+    trim_after_compiling()
     if argv[1:]:
         _refuse(f"arguments must be --flags, got {argv[1:]}; --helpfull lists every flag")
     try:

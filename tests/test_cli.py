@@ -1,7 +1,11 @@
 """What a command makes of errors: one line and exit code 2 for what its user can change."""
 
+import ctypes
 import errno
+import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from gemma_cot import cli
@@ -41,3 +45,39 @@ def test_bugs_show_a_traceback(error):
 
     with pytest.raises(type(error)):
         cli._guarded(main, ["command"])
+
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+def test_jax_tells_of_each_program_that_it_compiled():
+    seen = []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: seen.append(event))
+    jax.jit(lambda x: x * 3 + 1)(jnp.ones(7)).block_until_ready()
+    assert COMPILED in seen
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, frees by glibc")
+def test_after_compiling_for_long_freed_memory_is_the_systems_again():
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    size, count = 2**16, 2000  # 125 MiB of blocks that glibc keeps: too small to be mapped
+    blocks = [libc.malloc(size) for _ in range(count)]
+    for block in blocks:
+        ctypes.memset(block, 1, size)
+    for block in blocks[:-1]:  # the last holds the heap up
+        libc.free(block)
+    cli.trim_after_compiling()
+    kept = resident()
+    jax.monitoring.record_event_duration_secs(COMPILED, 0.1)
+    assert resident() > kept - 2**20
+    jax.monitoring.record_event_duration_secs(COMPILED, 1.0)
+    assert resident() < kept - 100 * 2**20
+    libc.free(blocks[-1])
+
+
+def resident() -> int:
+    """Return the resident bytes of this process."""
+    with open("/proc/self/status") as file:
+        (line,) = (line for line in file if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
