@@ -5,8 +5,8 @@
 Every size is a process of its own: synthetic problems in GSM8K's layout (45 words, three calculator
 marks) are written to a temporary file and go through the whole of `prepare` with --dataset=gsm8k:
 conversion, schema, content, lengths, exact and near duplicates, split, card. Prints one JSON line a
-size: rows a second of CPU time of one core, those of conversion, schema and content alone (of at
-most 10,000 rows), and the peak memory of the process.
+size: rows a second of CPU time of one core, those of conversion and validation (schema, content and
+lengths, of at most 10,000 rows), the same without lengths, and the peak memory of the process.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from gemma_cot.data import check_row
 from gemma_cot.prepare.convert import gsm8k, parse_object, read_rows
 from gemma_cot.prepare.filters import check_content
 from gemma_cot.prepare.pipeline import CHUNK, Settings, prepare
-from gemma_cot.tokenizer import load_tokenizer
+from gemma_cot.tokenizer import Tokenizer, encode_prompt, encode_target, load_tokenizer
 
 WORDS = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").split()
 WORDS = sorted({word for word in WORDS if word.isalpha()})
@@ -48,18 +48,25 @@ def problem(draw: random.Random) -> dict:
     return {"question": " ".join(text) + "?", "answer": answer}
 
 
-def convert_and_check(path: Path) -> float:
-    """Return the rows a second of conversion and checks, without lengths and repeats."""
+def convert_and_check(path: Path, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Return the rows a second of conversion and validation, with and without lengths; nothing is
+    compared with other rows."""
     lines = list(islice(read_rows(path), 10_000))
-    began = time.process_time()
+    checks = counts = 0.0
     for first in range(0, len(lines), CHUNK):
+        began = time.process_time()
         parsed = [parse_object(text) for _, text in lines[first : first + CHUNK]]
         rows = [row for raw in parsed for row in gsm8k(raw, "here")]
         for row in rows:
             check_row(row, 0)
         for row in rows:
             check_content(row)
-    return len(lines) / (time.process_time() - began)
+        checked = time.process_time()
+        for row in rows:
+            encode_prompt(tokenizer, row["prompt"]), encode_target(tokenizer, row["chosen"])
+        checks += checked - began
+        counts += time.process_time() - checked
+    return round(len(lines) / (checks + counts)), round(len(lines) / checks)
 
 
 def measure(rows: int) -> dict:
@@ -81,12 +88,13 @@ def measure(rows: int) -> dict:
         report = prepare(cfg, tokenizer)
         seconds = time.process_time() - began
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        checked = convert_and_check(path)
+        validated, unmeasured = convert_and_check(path, tokenizer)
     return {
         "rows": rows,
         "kept": report.kept,
         "rows_per_second": round(rows / seconds),
-        "converted_and_checked_per_second": round(checked),
+        "converted_and_validated_per_second": validated,
+        "without_lengths_per_second": unmeasured,
         "cpu_seconds": round(seconds, 1),
         "peak_mib": round(peak / 1024),
         "mib_before": round(before / 1024),
