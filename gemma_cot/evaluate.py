@@ -11,6 +11,7 @@ are scored as train scores them (`canaries` in the summary). With --allow_code_e
 answers runs in the sandbox against `metadata.tests`.
 """
 
+import json
 import time
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,6 @@ from gemma_cot.config import TrainConfig, embedded
 from gemma_cot.data import encode_examples, prompt_width, read_jsonl
 from gemma_cot.evaluation import alarms, evaluate_batches, summarise, table
 from gemma_cot.guard import canaries
-from gemma_cot.model.load import write_json
 from gemma_cot.policy import Policy, define_policy_flags, load_policy, resolve_dtype
 from gemma_cot.results import (
     append_results,
@@ -34,6 +34,7 @@ from gemma_cot.results import (
     read_results,
     template_hash,
     write_results,
+    write_whole,
 )
 from gemma_cot.run import read_rewards
 from gemma_cot.scores import budgets, changed_rows, pair_rows, paired
@@ -215,7 +216,7 @@ def evaluate() -> None:
     for path, other in zip(FLAGS.compare, others, strict=True):
         summary["comparison"], text = comparison((path, FLAGS.output), (other, results))
         print(text)
-    write_json(beside(FLAGS.output, "summary.json"), summary)
+    write_whole(beside(FLAGS.output, "summary.json"), json.dumps(summary, indent=2) + "\n")
 
 
 if __name__ == "__main__":

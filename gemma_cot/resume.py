@@ -87,12 +87,12 @@ def check_folder(cfg: TrainConfig, prints: dict) -> dict:
             )
         check_same(cfg, prints)
         return read_begin(cfg)
-    elif holds_run and not cfg.overwrite:
+    if holds_run and not cfg.overwrite:
         raise ValueError(
             f"--output_dir: {cfg.output_dir} must not hold a run, got one; add --resume to go on "
             "with it, --overwrite to delete it, or choose another folder"
         )
-    elif Path(cfg.output_dir).exists() and not Path(cfg.output_dir).is_dir():
+    if Path(cfg.output_dir).exists() and not Path(cfg.output_dir).is_dir():
         raise ValueError(f"--output_dir: {cfg.output_dir} must be a folder, got a file; choose one")
     return {}
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gemma_cot.alarms import HISTORY, WATCHED, WINDOW, keep_batch, onsets, skipped_in_a_row
-from gemma_cot.metrics import METRICS
+from gemma_cot.metrics import KEPT_ROWS, METRICS
 
 GOOD = {
     "stage": "grpo", "kl": 0.05, "entropy": 0.3, "completion_tokens": 80.0, "truncated_rate": 0.02,
@@ -35,6 +35,10 @@ def test_a_run_that_goes_well_sets_off_nothing():
         row["completion_tokens"] = 60 + 0.4 * i + rng.normal(0, 5)
         row["kl"] = 0.05 + abs(rng.normal(0, 0.05))
     assert told(rows) == []
+
+
+def test_a_run_keeps_the_rows_that_its_alarms_look_at():
+    assert KEPT_ROWS >= HISTORY + WINDOW
 
 
 @pytest.mark.parametrize(
