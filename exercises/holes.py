@@ -41,7 +41,13 @@ def sliding_window_mask(start_B, num_positions, window):
     """Return mask_BTS: True where query position t may attend to key position s.
 
     A position sees `window` positions: itself and those just before it. Nothing sees the future,
-    nothing sees the padding on the left, which is every position before start_B[b].
+    nothing sees the padding on the left, which is every position before start_B[b]. A row of 5
+    with start 1 and window 2 (down: the query t, across: the key s):
+        . . . . .
+        . 1 . . .
+        . 1 1 . .
+        . . 1 1 .
+        . . . 1 1
     """
     raise NotImplementedError
 
@@ -54,7 +60,8 @@ def lora_merge(w_DF, a_DR, b_RF, alpha):
 def stop_token_mask(tokens_BT, stop_ids):
     """Return mask_BT: True on every token up to and including the row's first stop token.
 
-    stop_ids: several token ids, each of which ends a completion. A row without any is True
+    stop_ids: a tuple of token ids, each of which ends a completion (jax.numpy wants
+    jnp.array(stop_ids)). A row without any is True
     throughout.
     """
     raise NotImplementedError

@@ -57,6 +57,10 @@ def test_group_advantages():
             "the standard deviation has G in the denominator; with G - 1 (ddof=1) one right "
             "completion of four gets +1.5, with G it gets +1.73. At G = 4 every step would be 15 % "
             "larger.": (REWARD_PG - mean) / (REWARD_PG.std(axis=1, keepdims=True) + 1e-4),
+            "the 1e-4 in the denominator is missing: add it to the standard deviation.":
+                (REWARD_PG - mean) / std,
+            "the standard deviation has G in the denominator, and the 1e-4 is missing: use G - 1 "
+            "(ddof=1), then add 1e-4.": (REWARD_PG - mean) / REWARD_PG.std(axis=1, keepdims=True),
             "you divide by the standard deviation of the whole batch; GRPO takes each group's own, "
             "so that an easy prompt and a hard one weigh the same.":
                 (REWARD_PG - mean) / (REWARD_PG.std(ddof=1) + 1e-4),
@@ -273,6 +277,9 @@ def test_stop_token_mask():
                 [[1, 1, 0, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]],
             "the mask goes on to the last stop token; the completion ends at the first.":
                 [[1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]],
+            "what follows the first stop token is kept up to the second: count the stop tokens "
+            "before a position, itself left out.":
+                [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]],
             "only the first id of stop_ids ends a completion here; Gemma's instruction-tuned "
             "models stop at <eos> (1) and at <end_of_turn> (106).":
                 [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]],

@@ -112,6 +112,10 @@ def before_stop(tokens_BT, stop_ids):
     return np.cumsum(stops(tokens_BT, stop_ids), axis=1) == 0
 
 
+def to_second_stop(tokens_BT, stop_ids):
+    return np.cumsum(stops(tokens_BT, stop_ids), axis=1) <= 1
+
+
 def to_last_stop(tokens_BT, stop_ids):
     stop_BT = stops(tokens_BT, stop_ids)
     after_BT = np.cumsum(stop_BT[:, ::-1], axis=1)[:, ::-1] > 0
@@ -144,6 +148,8 @@ def wants_reasoning(prompts, completions, *, metadata=None, **columns):
 
 WRONG = [
     ("group_advantages", advantages(lambda r: r.std(axis=1, keepdims=True)), "ddof=1"),
+    ("group_advantages", advantages(group_std, 0.0), "the 1e-4 in the denominator is missing"),
+    ("group_advantages", advantages(lambda r: r.std(axis=1, keepdims=True), 0.0), "then add 1e-4"),
     ("group_advantages", advantages(lambda r: r.std(ddof=1)), "each group's own"),
     ("group_advantages", advantages(lambda r: 1.0, 0.0), "is Dr. GRPO's advantage"),
     ("group_advantages", advantages(group_std, signal=False), "noise becomes a training signal"),
@@ -186,6 +192,7 @@ WRONG = [
     ("lora_merge", lambda w, a, b, alpha: w + alpha / a.shape[1] * a @ b, "dtype of W"),
     ("stop_token_mask", before_stop, "nothing teaches the model to"),
     ("stop_token_mask", to_last_stop, "ends at the first"),
+    ("stop_token_mask", to_second_stop, "up to the second"),
     ("stop_token_mask",
      lambda tokens, ids: library_stop_token_mask(tokens, ids[:1]), "only the first id"),
     ("stop_token_mask", lambda tokens, ids: ~stops(tokens, ids), "what follows the first"),
