@@ -61,8 +61,7 @@ def stop_token_mask(tokens_BT, stop_ids):
     """Return mask_BT: True on every token up to and including the row's first stop token.
 
     stop_ids: a tuple of token ids, each of which ends a completion (jax.numpy wants
-    jnp.array(stop_ids)). A row without any is True
-    throughout.
+    jnp.array(stop_ids)). A row without any is True throughout.
     """
     raise NotImplementedError
 

@@ -17,6 +17,8 @@ from absl import app, flags, logging
 from gemma_cot import hosts
 from gemma_cot.grpo.reward import RewardError
 
+COMPILED = "/jax/core/compile/backend_compile_duration"  # what JAX calls the event
+
 
 def run(main: Callable[[], None]) -> None:
     """Parse the flags, run `main`, and end the process.
@@ -49,7 +51,7 @@ def trim_after_compiling() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
     def compiled(event: str, seconds: float, **_) -> None:
-        if event == "/jax/core/compile/backend_compile_duration" and seconds > 0.5:
+        if event == COMPILED and seconds > 0.5:
             trim(0)
 
     if trim:

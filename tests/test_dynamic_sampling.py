@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from small_runs import numbers, write_rows
 
+from gemma_cot.cli import COMPILED
 from gemma_cot.config import PRESETS, TrainConfig
 from gemma_cot.grpo.reward import RewardError
 from gemma_cot.metrics import MetricsWriter
@@ -47,7 +48,7 @@ def user(tmp_path_factory):
     import odd_reward
 
     def listen(event: str, seconds: float, **_) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
+        if event == COMPILED:
             odd_reward.compiled.append(seconds)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
