@@ -46,8 +46,8 @@ MUTANTS = (
     Mutant(
         "RoPE bases swapped",
         "model/layers.py",
-        "return jnp.stack([local, wide])",
-        "return jnp.stack([wide, local])",
+        "jnp.stack([position / cfg.rope_base_local**exponent, wide])",
+        "jnp.stack([wide, position / cfg.rope_base_local**exponent])",
         GOLDEN,
     ),
     Mutant(
@@ -124,15 +124,15 @@ MUTANTS = (
     Mutant(
         "the chosen token missing in the gradient of its log-prob",
         "model/kernels/gradients.py",
-        "jax.nn.one_hot(target, len(embed_VD)) - jax",
-        "-jax",
+        "jax.nn.one_hot(target, len(embed_VD)) - p",
+        "-p",
         "tests/model/test_logprob.py",
     ),
     Mutant(
         "softmax's gradient without its mean",
         "model/kernels/gradients.py",
-        "d_weight_BKQTS - mean_BKQT1",
-        "d_weight_BKQTS",
+        "d_e_BKQTS - mean_BKQT1",
+        "d_e_BKQTS",
         "tests/model/test_layers.py",
     ),
     Mutant(
@@ -237,8 +237,8 @@ MUTANTS = (
     Mutant(
         "log-probs at temperature 1",
         "model/kernels/gradients.py",
-        "    logits = logits_of(embed_VD, x) / temperature\n",
-        "    logits = logits_of(embed_VD, x)\n",
+        "(logits - top) / temperature, ((chosen - top) / temperature)[..., 0]",
+        "logits - top, (chosen - top)[..., 0]",
         "tests/model/test_logprob.py",
     ),
     Mutant(

@@ -23,7 +23,7 @@ from gemma_cot.model.kernels.layout import (
     weight_first,
     write,
 )
-from gemma_cot.model.layers import block, rms_norm, rope_angles
+from gemma_cot.model.layers import block, rms_norm, rotations
 from gemma_cot.model.params import Params
 
 
@@ -156,7 +156,7 @@ def decode_step(
     """Run one token of every row, that of `clock`. Returns (logits_BV of the next token, cache)."""
     B, P, width, ring = len(token_B), len(cache.start_P), cache.width, cache.ring
     position_B = jnp.repeat(width + clock - cache.began_P - cache.start_P, B // P)
-    angle_2BTh = rope_angles(cfg, position_B[:, None])
+    turn_2BT2h = rotations(cfg, position_B[:, None])
     prompt_2PS, tail_2PS = decode_masks(cache, clock, cfg.window)
     product = weight_first if by_layer(cfg) else jnp.einsum
 
@@ -175,8 +175,8 @@ def decode_step(
                 mix_BNH = shared_attention(q_BTNH[:, 0], *caches, masks)
             return mix_BNH[:, None], grown
 
-        angle_BTh = angle_2BTh[is_global]
-        return block(cfg, x_BTD, *layer_and_adapter, weights.scale, angle_BTh, attend, product)
+        turn_BT2h = turn_2BT2h[is_global]
+        return block(cfg, x_BTD, *layer_and_adapter, weights.scale, turn_BT2h, attend, product)
 
     x_BTD = embed(weights.params, cfg, token_B[:, None])
     x_BTD, (tail_k, tail_v) = over_layers(run, cfg, weights, cache, x_BTD)

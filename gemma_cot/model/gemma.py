@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from gemma_cot.config import ModelConfig
 from gemma_cot.model.kernels.gradients import PRODUCT, logits_of
 from gemma_cot.model.kernels.prefill import prefill_attention
-from gemma_cot.model.layers import attention, block, causal_mask, rms_norm, rope_angles
+from gemma_cot.model.layers import attention, block, causal_mask, rms_norm, rotations
 from gemma_cot.model.params import Params
 
 
@@ -65,7 +65,7 @@ def hidden_states(
     """
     B, T = tokens_BT.shape
     start_B = jnp.zeros((B,), jnp.int32) if start_B is None else start_B
-    angle_2BTh = rope_angles(cfg, positions(start_B, T))
+    turn_2BT2h = rotations(cfg, positions(start_B, T))
     mask_2BTS = causal_mask(start_B, T, cfg.window)
     adapters, scale = lora_parts(lora, params["embed"].dtype)
 
@@ -80,7 +80,7 @@ def hidden_states(
                 return checkpoint_name(mix_BTNH, PRODUCT), kept
             return attention(q_BTNH, k_BTKH, v_BTKH, mask_2BTS[is_global]), kept
 
-        return block(cfg, x_BTD, layer, adapter, scale, angle_2BTh[is_global], attend)
+        return block(cfg, x_BTD, layer, adapter, scale, turn_2BT2h[is_global], attend)
 
     step = rematerialised(layer_step, remat)
     is_global_L = jnp.asarray(cfg.global_layers, jnp.int32)
@@ -106,28 +106,28 @@ def group_states(
     (group - 1) / group of the prompts' work; value and gradient are the same.
     """
     T = tokens_BT.shape[1]
-    angle_2BTh = rope_angles(cfg, positions(start_B, T))
+    turn_2BT2h = rotations(cfg, positions(start_B, T))
     mask_2BTS = causal_mask(start_B, T, cfg.window)
     adapters, scale = lora_parts(lora, params["embed"].dtype)
 
     def layer_step(carry, xs):
         x_PSD, x_BTD = carry
         layer, adapter, is_global = xs
-        angle_BTh, mask_BTS = angle_2BTh[is_global], mask_2BTS[is_global]
+        turn_BT2h, mask_BTS = turn_2BT2h[is_global], mask_2BTS[is_global]
 
         def within_prompt(q_PSNH, k_PSKH, v_PSKH):
             mask_PTS = mask_BTS[::group, :width, :width]
             return attention(q_PSNH, k_PSKH, v_PSKH, mask_PTS), (k_PSKH, v_PSKH)
 
-        angle_PSh = angle_BTh[::group, :width]
-        x_PSD, kv = block(cfg, x_PSD, layer, adapter, scale, angle_PSh, within_prompt)
+        turn_PS2h = turn_BT2h[::group, :width]
+        x_PSD, kv = block(cfg, x_PSD, layer, adapter, scale, turn_PS2h, within_prompt)
         prompt_kv = [jnp.repeat(x_PSKH, group, axis=0) for x_PSKH in kv]
 
         def over_both(q_BTNH, *own_kv):
             both = (jnp.concatenate(pair, axis=1) for pair in zip(prompt_kv, own_kv, strict=True))
             return attention(q_BTNH, *both, mask_BTS[:, width:]), None
 
-        x_BTD, _ = block(cfg, x_BTD, layer, adapter, scale, angle_BTh[:, width:], over_both)
+        x_BTD, _ = block(cfg, x_BTD, layer, adapter, scale, turn_BT2h[:, width:], over_both)
         return (x_PSD, x_BTD), None
 
     step = rematerialised(layer_step, remat)

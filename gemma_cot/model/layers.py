@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from gemma_cot.config import ModelConfig
 from gemma_cot.model.kernels.gradients import PRODUCT, adapted_product, block_attention
 
-QUERY_BLOCK = 256  # queries whose scores exist at one time
+QUERY_BLOCK = 128  # queries whose scores exist at one time
 
 
 def rms_norm(x: jax.Array, w: jax.Array, eps: float) -> jax.Array:
@@ -26,22 +26,22 @@ def rms_norm(x: jax.Array, w: jax.Array, eps: float) -> jax.Array:
     return (x_f32 * rms * scale).astype(x.dtype)
 
 
-def rope_angles(cfg: ModelConfig, position_BT: jax.Array) -> jax.Array:
-    """Return rotary angles `angle_2BTh` (h = H/2, radians, float32): [0] local, [1] global layers.
+def rotations(cfg: ModelConfig, position_BT: jax.Array) -> jax.Array:
+    """Return float32 `turn_2BT2h` (h = H/2): cos and sin of angles, [0] local, [1] global layers.
 
-    angle_h = position / base^(2h/H) (Su et al. 2021, arXiv:2104.09864); global layers of the
-    larger models divide positions by `rope_scale_global`.
+    angle_h = position / base^(2h/H), radians (Su et al. 2021, arXiv:2104.09864); global layers of
+    the larger models divide positions by `rope_scale_global`.
     """
-    exponent = jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim
+    exponent = jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32)[None, None] / cfg.head_dim
     position = position_BT.astype(jnp.float32)[..., None]
-    local = position / (cfg.rope_base_local**exponent)[None, None, :]
-    wide = position / cfg.rope_scale_global / (cfg.rope_base_global**exponent)[None, None, :]
-    return jnp.stack([local, wide])
+    wide = position / cfg.rope_scale_global / cfg.rope_base_global**exponent
+    angle_2BTh = jnp.stack([position / cfg.rope_base_local**exponent, wide])
+    return jnp.stack([jnp.cos(angle_2BTh), jnp.sin(angle_2BTh)], axis=-2)
 
 
-def apply_rope(x_BTNH: jax.Array, angle_BTh: jax.Array) -> jax.Array:
+def apply_rope(x_BTNH: jax.Array, turn_BT2h: jax.Array) -> jax.Array:
     """Rotate the halves (x1, x2) of each head by its angle: (x1 cos - x2 sin, x2 cos + x1 sin)."""
-    cos, sin = jnp.cos(angle_BTh)[:, :, None, :], jnp.sin(angle_BTh)[:, :, None, :]
+    cos, sin = turn_BT2h[:, :, None, 0], turn_BT2h[:, :, None, 1]
     x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTNH.dtype)
 
@@ -114,7 +114,7 @@ def mlp(x_BTD, layer: dict, lora: dict | None, scale: float, product=jnp.einsum)
     return linear("BTF,FD->BTD", hidden_BTF, layer, "down", lora, scale, product)
 
 
-def block(cfg: ModelConfig, x_BTD, layer, lora, scale, angle_BTh, attend, product=jnp.einsum):
+def block(cfg: ModelConfig, x_BTD, layer, lora, scale, turn_BT2h, attend, product=jnp.einsum):
     """Run one layer: norms before and after both attention and MLP, residuals around each pair.
 
     `attend(q_BTNH, k_BTKH, v_BTKH) -> (mix_BTNH, kept)` decides what is attended to and what is
@@ -125,8 +125,8 @@ def block(cfg: ModelConfig, x_BTD, layer, lora, scale, angle_BTh, attend, produc
     q_BTNH = linear("BTD,DNH->BTNH", h_BTD, layer, "q", lora, scale, product)
     k_BTKH = linear("BTD,DKH->BTKH", h_BTD, layer, "k", lora, scale, product)
     v_BTKH = linear("BTD,DKH->BTKH", h_BTD, layer, "v", lora, scale, product)
-    q_BTNH = apply_rope(rms_norm(q_BTNH, layer["q_norm"], cfg.norm_eps), angle_BTh)
-    k_BTKH = apply_rope(rms_norm(k_BTKH, layer["k_norm"], cfg.norm_eps), angle_BTh)
+    q_BTNH = apply_rope(rms_norm(q_BTNH, layer["q_norm"], cfg.norm_eps), turn_BT2h)
+    k_BTKH = apply_rope(rms_norm(k_BTKH, layer["k_norm"], cfg.norm_eps), turn_BT2h)
     mix_BTNH, kept = attend(q_BTNH * cfg.query_scalar**-0.5, k_BTKH, v_BTKH)
     out_BTD = linear("BTNH,NHD->BTD", mix_BTNH, layer, "o", lora, scale, product)
     x_BTD = x_BTD + rms_norm(out_BTD, layer["post_attn_norm"], cfg.norm_eps)

@@ -13,7 +13,6 @@ from gemma_cot.model.kernels.gradients import (
     lora_axes,
     lora_product,
     merged_product,
-    softmax,
 )
 from gemma_cot.model.layers import (
     apply_rope,
@@ -22,7 +21,7 @@ from gemma_cot.model.layers import (
     linear,
     mlp,
     rms_norm,
-    rope_angles,
+    rotations,
 )
 
 # float32 against float64 on values near 1 and sums of at most 28 terms.
@@ -135,21 +134,24 @@ def test_rms_norm_of_bfloat16_is_rounded_once():
 # -- rotary embedding
 
 
-def test_rope_angles_by_hand(cfg):
+def test_rotations_by_hand(cfg):
     """H = 8: exponents 0, 1/4, 1/2, 3/4; bases 1e4 and 1e6; global positions divided by 2."""
-    local, wide = np.asarray(rope_angles(cfg, jnp.asarray([[0, 6]], jnp.int32)))[:, 0]
-    np.testing.assert_array_equal(local[0], np.zeros(4))
-    np.testing.assert_allclose(local[1], [6.0, 0.6, 0.06, 0.006], rtol=1e-6)
+    local, wide = np.asarray(rotations(cfg, jnp.asarray([[0, 6]], jnp.int32)))[:, 0]
+    np.testing.assert_array_equal(local[0], [np.ones(4), np.zeros(4)])
+    near = np.array([6.0, 0.6, 0.06, 0.006])
     # 1e6^(1/4) = 31.622777, ^(1/2) = 1000, ^(3/4) = 31622.777
-    np.testing.assert_allclose(wide[1], [3.0, 3 / 31.622777, 0.003, 3 / 31622.777], rtol=1e-6)
+    far = np.array([3.0, 3 / 31.622777, 0.003, 3 / 31622.777])
+    for turn, angle in ((local[1], near), (wide[1], far)):
+        np.testing.assert_allclose(turn[0], np.cos(angle), atol=1e-6)
+        np.testing.assert_allclose(turn[1], np.sin(angle), rtol=1e-5)
 
 
 def test_rope_equals_the_twin(cfg):
     x_BTNH = normal(2, 2, 3, 2, 8)
     position_BT = np.array([[0, 1, 2], [5, 300, 30_000]], np.int32)
-    angle_2BTh = rope_angles(cfg, jnp.asarray(position_BT))
+    turn_2BT2h = rotations(cfg, jnp.asarray(position_BT))
     for row, base, slower in ((0, cfg.rope_base_local, 1.0), (1, cfg.rope_base_global, 2.0)):
-        got = np.asarray(apply_rope(jnp.asarray(x_BTNH), angle_2BTh[row]))
+        got = np.asarray(apply_rope(jnp.asarray(x_BTNH), turn_2BT2h[row]))
         for b, t, n in np.ndindex(2, 3, 2):
             want = reference_rope(x_BTNH[b, t, n], position_BT[b, t] / slower, base)
             # float32 angles: 30,000 rad is known to 2^-10 rad, 300 rad to 2^-16
@@ -159,7 +161,7 @@ def test_rope_equals_the_twin(cfg):
 
 def test_rope_scores_depend_on_distance_only(cfg):
     q, k = (jnp.asarray(np.broadcast_to(normal(s, 8), (1, 4, 1, 8))) for s in (3, 4))
-    near = rope_angles(cfg, jnp.asarray([[0, 3, 10, 13]], jnp.int32))[0]
+    near = rotations(cfg, jnp.asarray([[0, 3, 10, 13]], jnp.int32))[0]
     q, k = (np.asarray(apply_rope(x, near))[0, :, 0] for x in (q, k))
     assert q[1] @ k[0] == pytest.approx(q[3] @ k[2], abs=1e-5)  # distance 3 both times
     assert abs(q[1] @ k[0] - q[0] @ k[0]) > 1e-2
@@ -336,10 +338,13 @@ def test_masked_keys_have_no_weight_however_large():
     np.testing.assert_allclose(got[0, 0, 0], (v[0, 0, 0] + v[0, 2, 0]) / 2, rtol=1e-6)
 
 
-def test_softmax_is_float32_and_sums_to_one():
-    got = softmax(jnp.asarray([[1e4, 0.0], [0.0, 0.0]], jnp.bfloat16))
-    assert got.dtype == jnp.float32
-    np.testing.assert_array_equal(got, [[1.0, 0.0], [0.5, 0.5]])
+def test_weights_of_bfloat16_are_summed_in_float32():
+    """300 equal weights: a sum in bfloat16 would stop at 256, the mean of ones be 300 / 256."""
+    parts = np.zeros((1, 1, 1, 4)), normal(16, 1, 300, 1, 4), np.ones((1, 300, 1, 4))
+    q, k, v = (jnp.asarray(part, jnp.bfloat16) for part in parts)
+    mix = attention(q, k, v, jnp.ones((1, 1, 300), bool))
+    assert mix.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(mix.astype(jnp.float32), np.ones((1, 1, 1, 4)))
 
 
 def test_mlp_equals_the_twin():
