@@ -124,8 +124,8 @@ MUTANTS = (
     Mutant(
         "the chosen token missing in the gradient of its log-prob",
         "model/kernels/gradients.py",
-        "jax.nn.one_hot(target, len(embed_VD)) - p",
-        "-p",
+        "jax.nn.one_hot(target, len(embed_VD)) - jax",
+        "-jax",
         "tests/model/test_logprob.py",
     ),
     Mutant(
@@ -237,8 +237,8 @@ MUTANTS = (
     Mutant(
         "log-probs at temperature 1",
         "model/kernels/gradients.py",
-        "(logits - top) / temperature, ((chosen - top) / temperature)[..., 0]",
-        "logits - top, (chosen - top)[..., 0]",
+        "    logits = logits_of(embed_VD, x) / temperature\n",
+        "    logits = logits_of(embed_VD, x)\n",
         "tests/model/test_logprob.py",
     ),
     Mutant(

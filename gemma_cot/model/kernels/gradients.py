@@ -31,7 +31,7 @@ def block_attention(q_BKQTH, k_BKSH, v_BKSH, mask_BTS):
 
     As in FlashAttention (Dao et al. 2022, arXiv:2205.14135, algorithms 1 and 4, here in one block):
         e = exp(score - top)    total = sum_s e    mix = e v / total
-        d_score = e (d_mix v - d_mix mix) / total
+        d_score = e (d_e - sum_s e d_e / total)    with d_e = d_mix v / total
     so that the exponentials are divided nowhere, and the gradient computes them again from the two
     numbers a query that are kept, and transposes nothing of their size: on a CPU each costs about
     as much as a product.
@@ -49,19 +49,19 @@ def _block_attention_forward(q_BKQTH, k_BKSH, v_BKSH, mask_BTS):
         preferred_element_type=jnp.float32,
     )  # fmt: skip
     mix_BKQTH = checkpoint_name((mix_BKQTH / total_BKQT1).astype(v_BKSH.dtype), PRODUCT)
-    return mix_BKQTH, (q_BKQTH, k_BKSH, v_BKSH, mask_BTS, top_BKQT1, total_BKQT1, mix_BKQTH)
+    return mix_BKQTH, (q_BKQTH, k_BKSH, v_BKSH, mask_BTS, top_BKQT1, total_BKQT1)
 
 
 def _block_attention_backward(kept, d_mix_BKQTH):
-    q_BKQTH, k_BKSH, v_BKSH, mask_BTS, top_BKQT1, total_BKQT1, mix_BKQTH = kept
+    q_BKQTH, k_BKSH, v_BKSH, mask_BTS, top_BKQT1, total_BKQT1 = kept
     e_BKQTS = jnp.exp(masked_scores(q_BKQTH, k_BKSH, mask_BTS) - top_BKQT1)
     d_mix_BKQTH = d_mix_BKQTH.astype(jnp.float32) / total_BKQT1  # from here on divided
-    mean_BKQT1 = (d_mix_BKQTH * mix_BKQTH.astype(jnp.float32)).sum(-1, keepdims=True)
     d_mix_BKQTH = d_mix_BKQTH.astype(v_BKSH.dtype)
     d_v_BKHS = jnp.einsum("BKQTH,BKQTS->BKHS", d_mix_BKQTH, e_BKQTS.astype(v_BKSH.dtype))
     d_e_BKQTS = jnp.einsum(
         "BKQTH,BKSH->BKQTS", d_mix_BKQTH, v_BKSH, preferred_element_type=jnp.float32
     )
+    mean_BKQT1 = (e_BKQTS * d_e_BKQTS).sum(-1, keepdims=True) / total_BKQT1
     d_score_BKQTS = (e_BKQTS * (d_e_BKQTS - mean_BKQT1)).astype(k_BKSH.dtype)
     d_q_BKQTH = jnp.einsum("BKQTS,BKSH->BKQTH", d_score_BKQTS, k_BKSH)
     d_k_BKHS = jnp.einsum("BKQTH,BKQTS->BKHS", q_BKQTH, d_score_BKQTS)
@@ -153,20 +153,12 @@ def _merged_product_backward(einsum: str, scale: float, inputs, d_y):
 merged_product.defvjp(_merged_product_forward, _merged_product_backward)
 
 
-def of_logits(logits: jax.Array, target: jax.Array, temperature: float) -> tuple:
-    """Return (log p(target) [...], entropy in nats [...], p [..., V]) of softmax(logits /
-    temperature).
-
-    With s = (logits - top) / temperature, e = exp(s) and z = sum e, each computed once:
-        log p(y) = s_y - log z        entropy = log z - sum e s / z        p = e / z
-    """
-    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-    chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)
-    scaled, chosen = (logits - top) / temperature, ((chosen - top) / temperature)[..., 0]
-    e = jnp.exp(scaled)
-    z = e.sum(-1)
-    log_z = jnp.log(z)
-    return chosen - log_z, log_z - (e * scaled).sum(-1) / z, e / z[..., None]
+def of_logits(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return (log p(target), entropy in nats), both [...], of softmax(logits [..., V])."""
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    mean = (jax.nn.softmax(logits, axis=-1) * logits).sum(-1)
+    return chosen - log_z, log_z - mean
 
 
 def logits_of(embed_VD: jax.Array, x: jax.Array, product=jnp.einsum) -> jax.Array:
@@ -176,27 +168,28 @@ def logits_of(embed_VD: jax.Array, x: jax.Array, product=jnp.einsum) -> jax.Arra
 
 @jax.custom_vjp
 def chosen_once(embed_VD: jax.Array, x: jax.Array, target: jax.Array, temperature: float):
-    """Return (log p(target), entropy) as `of_logits`; only the log-prob carries a gradient.
+    """Return `of_logits` of logits / temperature, of which only the log-prob carries a gradient.
 
     The gradient for x is computed with the value, while the logits are there:
         d log p(y) / d x = sum_v (1[v = y] - p_v) embed_v / temperature
     so that the backward pass multiplies with a number a position. Where the embedding is trained
     too, the backward pass computes the logits again instead.
     """
-    return of_logits(logits_of(embed_VD, x), target, temperature)[:2]
+    return of_logits(logits_of(embed_VD, x) / temperature, target)
 
 
 def _chosen_once_forward(*primals):
     embed_VD, x, target, temperature = (primal.value for primal in primals)
-    *both, p = of_logits(logits_of(embed_VD, x), target, temperature)
+    logits = logits_of(embed_VD, x) / temperature
+    both = of_logits(logits, target)
     if primals[0].perturbed:
-        return tuple(both), (embed_VD, x, target, temperature)
-    d_logits = jax.nn.one_hot(target, len(embed_VD)) - p
+        return both, (embed_VD, x, target, temperature)
+    d_logits = jax.nn.one_hot(target, len(embed_VD)) - jax.nn.softmax(logits, axis=-1)
     d_x = jnp.einsum(
         "...V,VD->...D", d_logits.astype(embed_VD.dtype), embed_VD,
         preferred_element_type=jnp.float32,
     )  # fmt: skip
-    return tuple(both), (d_x / temperature).astype(x.dtype)
+    return both, (d_x / temperature).astype(x.dtype)
 
 
 def _chosen_once_backward(kept, cotangents):
@@ -207,7 +200,7 @@ def _chosen_once_backward(kept, cotangents):
     embed_VD, x, target, temperature = kept
 
     def logp(embed_VD, x):
-        return of_logits(logits_of(embed_VD, x), target, temperature)[0]
+        return of_logits(logits_of(embed_VD, x) / temperature, target)[0]
 
     return *jax.vjp(logp, embed_VD, x)[1](d_logp), None, None
 
