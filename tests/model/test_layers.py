@@ -339,12 +339,24 @@ def test_masked_keys_have_no_weight_however_large():
 
 
 def test_weights_of_bfloat16_are_summed_in_float32():
-    """300 equal weights: a sum in bfloat16 would stop at 256, the mean of ones be 300 / 256."""
-    parts = np.zeros((1, 1, 1, 4)), normal(16, 1, 300, 1, 4), np.ones((1, 300, 1, 4))
-    q, k, v = (jnp.asarray(part, jnp.bfloat16) for part in parts)
-    mix = attention(q, k, v, jnp.ones((1, 1, 300), bool))
+    """257 equal weights: their sum in bfloat16 is 256, and 257 / 256 of 129 / 128 rounds up."""
+    q, k, v = np.zeros((1, 1, 1, 4)), normal(16, 1, 257, 1, 4), np.full((1, 257, 1, 4), 129 / 128)
+    q, k, v = (jnp.asarray(part, jnp.bfloat16) for part in (q, k, v))
+    mix = attention(q, k, v, jnp.ones((1, 1, 257), bool))
     assert mix.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(mix.astype(jnp.float32), np.ones((1, 1, 1, 4)))
+    np.testing.assert_array_equal(mix.astype(jnp.float32), np.full((1, 1, 1, 4), 129 / 128))
+
+
+def test_a_query_that_sees_one_key_has_no_gradient():
+    """Its weight is 1 whatever the scores: the gradients of q and k are 0 to the bit."""
+    q, k, v = normal(23, 1, 9, 2, 8), normal(24, 1, 9, 1, 8), normal(25, 1, 9, 1, 8)
+    mask_BTS, weight = causal_mask(jnp.array([0]), 9, 1)[0], normal(26, 1, 9, 2, 8)
+
+    def loss(q_BTNH, k_BSKH):
+        return (weight * attention(q_BTNH, k_BSKH, jnp.asarray(v), mask_BTS)).sum()
+
+    for gradient in jax.jit(jax.grad(loss, (0, 1)))(jnp.asarray(q), jnp.asarray(k)):
+        np.testing.assert_array_equal(gradient, 0.0)
 
 
 def test_mlp_equals_the_twin():
