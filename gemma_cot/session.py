@@ -69,11 +69,10 @@ class Session:
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame) -> None:
-        if number == signal.SIGINT and self._signal == "SIGINT":
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)  # ends as a shell expects of an interrupted command
-        self._signal = signal.Signals(number).name
-        again = "; again to end at once" if number == signal.SIGINT else ""
+        self._signal, again = signal.Signals(number).name, ""
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)  # the next one needs no Python to end the process
+            again = "; again to end at once"
         os.write(2, f"\n{self._signal}: stopping after this step{again}\n".encode())
 
     def stops(self, reserve: float = 0.0) -> bool:

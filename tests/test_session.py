@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from datetime import datetime, timedelta
 
 import pytest
@@ -101,7 +102,7 @@ def test_a_signal_asks_to_stop_and_handlers_come_back(number, capfd):
 
 
 LOOP = """
-import sys, time
+import time
 from gemma_cot.session import Session
 with Session().listening() as session:
     begun = False
@@ -109,34 +110,49 @@ with Session().listening() as session:
         if not begun:
             print("ready", flush=True)
         begun = True
-        time.sleep(float(sys.argv[1]))
+        time.sleep(0.05)
 print("saved", session.asked, flush=True)
 """
 
 
-def start(seconds: float) -> subprocess.Popen:
-    """Start a loop of turns that long, and wait until it listens."""
+IN_C = """
+import time
+from gemma_cot.session import Session
+with Session().listening() as session:
+    print("ready", flush=True)
+    while session._signal != "SIGINT":
+        time.sleep(0.01)
+    sum(range(10**15))  # like a compiled program: no Python runs until it ends
+"""
+
+
+def start(source: str) -> subprocess.Popen:
+    """Start a program and wait until it listens to signals."""
     process = subprocess.Popen(
-        [sys.executable, "-c", LOOP, str(seconds)], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", source], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "ready\n"
     return process
 
 
 def test_the_turn_is_finished_and_the_process_ends_in_order():
-    process = start(0.05)
+    process = start(LOOP)
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=60)[0] == "saved SIGTERM\n" and process.returncode == 0
 
 
 def test_a_second_interrupt_ends_at_once():
-    process = start(1e6)  # a turn that would never end, not even where the clock jumps
+    process = start(IN_C)
     process.send_signal(signal.SIGINT)
     assert any("again to end at once" in line for line in iter(process.stderr.readline, ""))
+    time.sleep(0.5)  # into the program that never ends
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[0] == "" and process.returncode == -signal.SIGINT
+    try:
+        assert process.communicate(timeout=60)[0] == ""
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGINT
 
 
 HOST = """
