@@ -143,12 +143,12 @@ def test_the_turn_is_finished_and_the_process_ends_in_order():
 
 def test_a_second_interrupt_ends_at_once():
     process = start(IN_C)
-    process.send_signal(signal.SIGINT)
-    assert any("again to end at once" in line for line in iter(process.stderr.readline, ""))
-    time.sleep(0.5)  # into the program that never ends
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
     try:
+        process.send_signal(signal.SIGINT)
+        assert any("again to end at once" in line for line in iter(process.stderr.readline, ""))
+        time.sleep(0.5)  # into the program that never ends
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=60)[0] == ""
     finally:
         process.kill()

@@ -21,7 +21,7 @@ def rms_norm(x: jax.Array, w: jax.Array, eps: float) -> jax.Array:
     Zhang & Sennrich 2019 (arXiv:1910.07467), with Gemma's (1 + w).
     """
     x_f32 = x.astype(jnp.float32)
-    rms = jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps)
+    rms = jax.lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + eps)
     scale = jnp.expand_dims(1.0 + w.astype(jnp.float32), tuple(range(x.ndim - w.ndim)))
     return (x_f32 * rms * scale).astype(x.dtype)
 

@@ -17,12 +17,14 @@ MASKED = -2.0e38
 PRODUCT = "product"  # the name of what `gemma.rematerialised` may keep
 
 
-def masked_scores(q_BKQTH: jax.Array, k_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Return float32 `score_BKQTS`, MASKED where a query may not look."""
+def exponentials(q_BKQTH: jax.Array, k_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """Return float32 `e_BKQTS` = exp(score - its maximum over S), 0 where a query may not look; all
+    are 1 where it may look at nothing."""
     score_BKQTS = jnp.einsum(
         "BKQTH,BKSH->BKQTS", q_BKQTH, k_BKSH, preferred_element_type=jnp.float32
     )
-    return jnp.where(mask_BTS[:, None, None], score_BKQTS, MASKED)
+    score_BKQTS = jnp.where(mask_BTS[:, None, None], score_BKQTS, MASKED)
+    return jnp.exp(score_BKQTS - score_BKQTS.max(-1, keepdims=True))
 
 
 @jax.custom_vjp
@@ -32,29 +34,28 @@ def block_attention(q_BKQTH, k_BKSH, v_BKSH, mask_BTS):
     As in FlashAttention (Dao et al. 2022, arXiv:2205.14135, algorithms 1 and 4, here in one block):
         e = exp(score - top)    total = sum_s e    mix = e v / total
         d_score = e (d_e - sum_s e d_e / total)    with d_e = d_mix v / total
-    so that the exponentials are divided nowhere, and the gradient computes them again from the two
-    numbers a query that are kept, and transposes nothing of their size: on a CPU each costs about
-    as much as a product.
+    so that the exponentials are divided nowhere, and the gradient computes them again, as the value
+    does, and transposes nothing of their size: on a CPU each costs about as much as a product. Only
+    `total` is kept. (Were `top` kept too, XLA would compute the exponentials of a forward pass with
+    a gradient in another way than those of one without, and on-policy ratios would not be 1.)
     """
     return _block_attention_forward(q_BKQTH, k_BKSH, v_BKSH, mask_BTS)[0]
 
 
 def _block_attention_forward(q_BKQTH, k_BKSH, v_BKSH, mask_BTS):
-    score_BKQTS = masked_scores(q_BKQTH, k_BKSH, mask_BTS)
-    top_BKQT1 = checkpoint_name(score_BKQTS.max(-1, keepdims=True), PRODUCT)
-    e_BKQTS = jnp.exp(score_BKQTS - top_BKQT1)
+    e_BKQTS = exponentials(q_BKQTH, k_BKSH, mask_BTS)
     total_BKQT1 = checkpoint_name(e_BKQTS.sum(-1, keepdims=True), PRODUCT)
     mix_BKQTH = jnp.einsum(
         "BKQTS,BKSH->BKQTH", e_BKQTS.astype(v_BKSH.dtype), v_BKSH,
         preferred_element_type=jnp.float32,
     )  # fmt: skip
     mix_BKQTH = checkpoint_name((mix_BKQTH / total_BKQT1).astype(v_BKSH.dtype), PRODUCT)
-    return mix_BKQTH, (q_BKQTH, k_BKSH, v_BKSH, mask_BTS, top_BKQT1, total_BKQT1)
+    return mix_BKQTH, (q_BKQTH, k_BKSH, v_BKSH, mask_BTS, total_BKQT1)
 
 
 def _block_attention_backward(kept, d_mix_BKQTH):
-    q_BKQTH, k_BKSH, v_BKSH, mask_BTS, top_BKQT1, total_BKQT1 = kept
-    e_BKQTS = jnp.exp(masked_scores(q_BKQTH, k_BKSH, mask_BTS) - top_BKQT1)
+    q_BKQTH, k_BKSH, v_BKSH, mask_BTS, total_BKQT1 = kept
+    e_BKQTS = exponentials(q_BKQTH, k_BKSH, mask_BTS)
     d_mix_BKQTH = d_mix_BKQTH.astype(jnp.float32) / total_BKQT1  # from here on divided
     d_mix_BKQTH = d_mix_BKQTH.astype(v_BKSH.dtype)
     d_v_BKHS = jnp.einsum("BKQTH,BKQTS->BKHS", d_mix_BKQTH, e_BKQTS.astype(v_BKSH.dtype))
