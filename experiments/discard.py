@@ -10,16 +10,15 @@ twice the limit. docs/discard_never_truncate.md discusses the numbers.
 import dataclasses
 
 from laboratory import (
-    RUNS,
     begin,
     markdown_table,
     percent,
+    publish,
     rates,
     say,
     series,
     sft,
     side_by_side,
-    store,
 )
 
 from gemma_cot.curves import BLUE, ORANGE, Line, Panel
@@ -49,7 +48,7 @@ def treated(rows: list[Encoded], arm: str, limit: int) -> list[Encoded]:
 
 def measure_arm(arm: str, limit: int) -> dict:
     """Train one arm; return its rates after every EVERY steps, and its loss."""
-    run = begin(RUNS / f"discard-{arm}-{limit}", sft_steps=STEPS, checkpoint_every=EVERY,
+    run = begin(f"discard-{arm}-{limit}", sft_steps=STEPS, checkpoint_every=EVERY,
                 keep_checkpoints=STEPS, max_completion_tokens=ROOM)  # fmt: skip
     run.train = treated(run.train, arm, limit)
     stops = set(run.tokenizer.stop_ids)
@@ -95,12 +94,11 @@ def draw(result: dict) -> str:
     return side_by_side(shown, list(steps.values()), "Discard or truncate")
 
 
-def main() -> None:
-    """Train all arms, write docs/discard.json and docs/discard.svg, print the table."""
+def measure() -> dict:
+    """Train all arms."""
     limits = {str(limit): {arm: measure_arm(arm, limit) for arm in ARMS} for limit in LIMITS}
-    result = {"room": ROOM, "steps": STEPS, "rows": ROWS, "limits": limits}
-    store("discard", "discard_never_truncate", result, draw(result), table(result))
+    return {"room": ROOM, "steps": STEPS, "rows": ROWS, "limits": limits}
 
 
 if __name__ == "__main__":
-    main()
+    publish("discard", "discard_never_truncate", measure, draw, table)

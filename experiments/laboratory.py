@@ -1,13 +1,17 @@
 """What the experiments share: short runs of the trainer's own stages, and plots of what they log.
 
 Every experiment is a script beside this one, writes docs/NAME.json and docs/NAME.svg, and is what
-one page of docs/ reports. They run on a CPU with the embedded tiny model, in minutes.
+one page of docs/ reports. They run on a CPU with the embedded tiny model, in minutes. With --check
+a script writes nothing, and compares what it measures with docs/NAME.json instead.
 """
 
+import argparse
 import contextlib
 import json
 import re
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -35,9 +39,9 @@ def settings(folder: Path, **changes) -> TrainConfig:
     return TrainConfig(**(PRESETS["tiny"] | QUIET | changes | {"output_dir": str(folder)}))
 
 
-def begin(folder: Path, **changes) -> Run:
-    """Return a run of the tiny preset with `changes`, its folder made."""
-    run = prepare(settings(folder, **changes))
+def begin(name: str, **changes) -> Run:
+    """Return a run of the tiny preset with `changes`, its folder made: runs/experiments/NAME."""
+    run = prepare(settings(RUNS / name, **changes))
     open_run(run)
     return run
 
@@ -60,8 +64,7 @@ def starts(changes: dict, steps: tuple[int, ...]) -> dict[int, object]:
     if (folder / "checkpoints" / str(max(steps))).exists():
         run = prepare(settings(folder, **changes | dict(resume=True, overwrite=False)))
     else:
-        run = begin(folder, **changes)
-        sft(run)
+        sft(begin("sft", **changes))
     adapters = {step: saved_adapter(run.cfg, run.model_cfg, step)[0] for step in steps if step}
     return {step: run.place(adapters[step]) if step else None for step in steps}
 
@@ -112,6 +115,33 @@ def side_by_side(panels: list[Panel], rows: list[dict], title: str, x_title: str
         f'width="{width}" height="{PANEL_HEIGHT}">\n'
         f"<title>{title}</title>\n{''.join(placed)}</svg>\n"
     )
+
+
+def publish(
+    name: str,
+    page: str,
+    measure: Callable[[], dict],
+    draw: Callable[[dict], str],
+    table: Callable[[dict], str],
+) -> None:
+    """Measure, and store the result; or, with --check, end with exit code 1 where the result is not
+    the stored one. Another processor or another JAX rounds otherwise, and samples other tokens.
+    """
+    parser = argparse.ArgumentParser(description=f"The experiment behind docs/{page}.md.")
+    parser.add_argument("--check", action="store_true", help="compare, and write nothing to docs/")
+    if not parser.parse_args().check:
+        result = measure()
+        store(name, page, result, draw(result), table(result))
+        return
+    global RUNS
+    with tempfile.TemporaryDirectory() as folder:
+        RUNS = Path(folder)  # an older run must not be gone on with
+        result = json.loads(json.dumps(measure()))
+    stored = json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8"))
+    say(table(result))
+    if result != stored:
+        sys.exit(f"docs/{name}.json: must be what this code measures, got\n{table(stored)}\n"
+                 f"run experiments/{name}.py, and say on the page what it shows")  # fmt: skip
 
 
 def store(name: str, page: str, result: dict, svg: str, text: str) -> None:

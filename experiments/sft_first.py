@@ -6,18 +6,17 @@ docs/sft_first.md discusses the numbers.
 """
 
 from laboratory import (
-    RUNS,
     SHORT,
     begin,
     grpo,
     markdown_table,
     percent,
+    publish,
     rates,
     say,
     series,
     side_by_side,
     starts,
-    store,
 )  # fmt: skip
 
 from gemma_cot.curves import BLUE, GREEN, ORANGE, Line, Panel
@@ -38,7 +37,7 @@ METRICS = ("reward_format", "reward_outcome", "reward_process", "signal_share", 
 
 def measure_start(steps: int, lora) -> dict:
     """Return the curves of GRPO from an adapter, None: from the base model; rates at both ends."""
-    run = begin(RUNS / f"sft_first-{steps}", **SHORT, sft_steps=0, grpo_steps=STEPS)
+    run = begin(f"sft_first-{steps}", **SHORT, sft_steps=0, grpo_steps=STEPS)
     before = rates(run, lora, run.eval[:ROWS])
     after, lines = grpo(run, lora)
     result = {"before": before, "after": rates(run, after, run.eval[:ROWS])}
@@ -82,13 +81,12 @@ def draw(result: dict) -> str:
     return side_by_side(PANELS, rows, "GRPO from the base model and after SFT")
 
 
-def main() -> None:
-    """Run GRPO from every beginning, write docs/sft_first.*, print the table."""
+def measure() -> dict:
+    """Run GRPO from every beginning."""
     adapters = starts(SHORT, SFT_STEPS)
     measured = {str(steps): measure_start(steps, lora) for steps, lora in adapters.items()}
-    result = {"steps": STEPS, "rows": ROWS, "starts": measured}
-    store("sft_first", "sft_first", result, draw(result), table(result))
+    return {"steps": STEPS, "rows": ROWS, "starts": measured}
 
 
 if __name__ == "__main__":
-    main()
+    publish("sft_first", "sft_first", measure, draw, table)

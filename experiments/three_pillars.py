@@ -8,17 +8,16 @@ discusses the numbers.
 
 import numpy as np
 from laboratory import (
-    RUNS,
     SHORT,
     begin,
     grpo,
     markdown_table,
     percent,
+    publish,
     say,
     series,
     side_by_side,
     starts,
-    store,
 )
 
 from gemma_cot.curves import BLUE, GREEN, ORANGE, Line, Panel
@@ -45,8 +44,8 @@ PANELS = [
 def measure_run(lora, arm: str, seed: int) -> dict:
     """Return the curves of one run."""
     weights = zip(("format_weight", "process_weight", "outcome_weight"), ARMS[arm], strict=True)
-    folder = RUNS / f"pillars-{list(ARMS).index(arm)}-{seed}"
-    run = begin(folder, **SHORT, **dict(weights), sft_steps=0, grpo_steps=STEPS, seed=seed)
+    name = f"pillars-{list(ARMS).index(arm)}-{seed}"
+    run = begin(name, **SHORT, **dict(weights), sft_steps=0, grpo_steps=STEPS, seed=seed)
     _, lines = grpo(run, lora)
     curves = {metric: series(lines, metric) for metric in METRICS}
     say(f"{arm}, seed {seed}: " + "  ".join(f"{m} {last(c):.3f}" for m, c in curves.items()))
@@ -95,13 +94,12 @@ def draw(result: dict) -> str:
     return side_by_side(PANELS, rows, "Rewards: outcome, format, process")
 
 
-def main() -> None:
-    """Run all nine, write docs/three_pillars.*, print the table."""
+def measure() -> dict:
+    """Run all nine."""
     lora = starts(SHORT, SFT_STEPS)[START]
     arms = {arm: {str(seed): measure_run(lora, arm, seed) for seed in SEEDS} for arm in ARMS}
-    result = {"steps": STEPS, "start": START, "arms": arms}
-    store("three_pillars", "three_pillars", result, draw(result), table(result))
+    return {"steps": STEPS, "start": START, "arms": arms}
 
 
 if __name__ == "__main__":
-    main()
+    publish("three_pillars", "three_pillars", measure, draw, table)

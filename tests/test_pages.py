@@ -1,13 +1,15 @@
 """Pages of docs/ that report an experiment say what it stored; cheap parts of it are made again.
 
 The experiments themselves take minutes: experiments/NAME.py writes docs/NAME.json, docs/NAME.svg
-and a part of the page.
+and a part of the page. `pytest -m experiment -n 0` makes them again, whole.
 """
 
 import ast
 import importlib
 import json
+import os
 import re
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -57,6 +59,19 @@ def test_page_and_plot_hold_the_stored_numbers(name):
     assert script(name).table(stored(name)) in page(name)
     assert script(name).draw(stored(name)) == (DOCS / f"{name}.svg").read_text()
     assert f"({name}.svg)" in page(name)
+
+
+@pytest.mark.experiment
+@pytest.mark.parametrize("name", [name for name in PAGES if name != "kv_cache"])  # times differ
+def test_the_experiment_measures_what_is_stored(name):
+    """To the digit, on the kind of machine and with the versions that it was stored with."""
+    ours = ("XLA_", "JAX_")  # conftest's devices and precision
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), "--check"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment | {"JAX_PLATFORMS": "cpu"}
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
 
 
 def test_every_page_is_in_the_index():
