@@ -64,7 +64,8 @@ def starts(changes: dict, steps: tuple[int, ...]) -> dict[int, object]:
     if (folder / "checkpoints" / str(max(steps))).exists():
         run = prepare(settings(folder, **changes | dict(resume=True, overwrite=False)))
     else:
-        sft(begin("sft", **changes))
+        run = begin("sft", **changes)
+        sft(run)
     adapters = {step: saved_adapter(run.cfg, run.model_cfg, step)[0] for step in steps if step}
     return {step: run.place(adapters[step]) if step else None for step in steps}
 
