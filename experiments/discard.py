@@ -1,6 +1,6 @@
 """Two ways to treat rows over a length limit in SFT: leave them out, or cut them.
 
-    python experiments/discard.py        # about 10 minutes on 2 CPU cores; writes docs/discard.*
+    python experiments/discard.py        # about 2 minutes on 2 CPU cores; writes docs/discard.*
 
 The limit is low on purpose, so that many rows are over it. Both ways take the same number of steps
 of the same size. How many completions end by themselves is then measured by sampling, with room for

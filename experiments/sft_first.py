@@ -1,6 +1,6 @@
 """GRPO from the base model and after some SFT: the same 30 steps from three beginnings.
 
-    python experiments/sft_first.py      # about 10 minutes on 2 CPU cores; writes docs/sft_first.*
+    python experiments/sft_first.py      # about 3 minutes on 2 CPU cores; writes docs/sft_first.*
 
 docs/sft_first.md discusses the numbers.
 """

@@ -1,6 +1,6 @@
 """Sparse rewards: GRPO for the outcome alone, with the format, and with the process as well.
 
-    python experiments/three_pillars.py     # 10 minutes on 2 CPU cores; writes docs/three_pillars.*
+    python experiments/three_pillars.py     # 4 minutes on 2 CPU cores; writes docs/three_pillars.*
 
 Three seeds each, all nine runs from the same adapter after a little SFT. docs/three_pillars.md
 discusses the numbers.

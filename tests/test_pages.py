@@ -185,10 +185,11 @@ def test_nine_runs_of_as_many_steps():
     means = [
         [100 * np.mean([np.mean(curves[metric][-5:]) for curves in seeds.values()])
          for seeds in result["arms"].values()]
-        for metric in ("signal_share", "reward_outcome")
+        for metric in ("signal_share", "reward_outcome", "reward_process")
     ]  # fmt: skip
-    signal, answers = ([f"{mean:.1f} %" for mean in three] for three in means)
+    signal, answers, process = ([f"{mean:.1f} %" for mean in three] for three in means)
     assert f"{signal[0]} of them by outcome alone, {signal[1]} with format, {signal[2]}" in words
+    assert f"than with format alone ({process[2]} against {process[1]}), the seeds overlap" in words
     assert f"{answers[0]}, {answers[1]} and {answers[2]}: no mixture is above another" in words
 
 
