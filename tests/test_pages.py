@@ -190,6 +190,16 @@ def test_nine_runs_of_as_many_steps():
     signal, answers, process = ([f"{mean:.1f} %" for mean in three] for three in means)
     assert f"{signal[0]} of them by outcome alone, {signal[1]} with format, {signal[2]}" in words
     assert f"than with format alone ({process[2]} against {process[1]}), the seeds overlap" in words
+    ends = {
+        metric: [[np.mean(curves[metric][-5:]) for curves in seeds.values()]
+                 for seeds in result["arms"].values()]
+        for metric in ("signal_share", "reward_format")
+    }  # fmt: skip
+    assert "in this order in all three seeds" in words
+    assert all(one < two < three for one, two, three in zip(*ends["signal_share"], strict=True))
+    alone, two, three = ends["reward_format"]
+    assert "in all seeds, with process too in two of three" in words
+    assert min(two) > max(alone) and np.greater(three, alone).sum() == 2
     assert f"{answers[0]}, {answers[1]} and {answers[2]}: no mixture is above another" in words
 
 

@@ -120,39 +120,45 @@ import time
 from gemma_cot.session import Session
 with Session().listening() as session:
     print("ready", flush=True)
-    while session._signal != "SIGINT":
+    while not session.stops():
         time.sleep(0.01)
     sum(range(10**15))  # like a compiled program: no Python runs until it ends
 """
 
 
-def start(source: str) -> subprocess.Popen:
-    """Start a program and wait until it listens to signals."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", source], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "ready\n"
-    return process
+@pytest.fixture
+def start():
+    """start(source) -> a process that runs it, once it listens to signals; none outlives a test."""
+    begun = []
+
+    def start(source: str) -> subprocess.Popen:
+        begun.append(subprocess.Popen(
+            [sys.executable, "-c", source], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        ))  # fmt: skip
+        assert begun[-1].stdout.readline() == "ready\n"
+        return begun[-1]
+
+    yield start
+    for process in begun:
+        process.kill()
+        process.wait()
 
 
-def test_the_turn_is_finished_and_the_process_ends_in_order():
+def test_the_turn_is_finished_and_the_process_ends_in_order(start):
     process = start(LOOP)
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=60)[0] == "saved SIGTERM\n" and process.returncode == 0
 
 
-def test_a_second_interrupt_ends_at_once():
+def test_a_second_interrupt_ends_at_once(start):
     process = start(IN_C)
-    try:
-        process.send_signal(signal.SIGINT)
-        assert any("again to end at once" in line for line in iter(process.stderr.readline, ""))
-        time.sleep(0.5)  # into the program that never ends
-        assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=60)[0] == ""
-    finally:
-        process.kill()
-    assert process.returncode == -signal.SIGINT
+    process.send_signal(signal.SIGINT)
+    assert any("again to end at once" in line for line in iter(process.stderr.readline, ""))
+    time.sleep(0.5)  # into the program that never ends
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[0] == "" and process.returncode == -signal.SIGINT
 
 
 HOST = """
