@@ -5,6 +5,7 @@ Layers are stacked and scanned, so the program is compiled once for one layer. L
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,24 @@ def rematerialised(layer_step: Callable, remat: str) -> Callable:
     return jax.checkpoint(layer_step, prevent_cse=False, policy=keep)
 
 
+def run_layers(params: Params, cfg: ModelConfig, x_BTD, turn_2BT2h, lora, remat: str, attend):
+    """Run all layers and the final norm. Returns (x_BTD, what `attend` kept, stacked by layer).
+
+    attend(is_global, q, k, v) as in `block`; remat: what the backward pass computes again, as in
+    `rematerialised`.
+    """
+    adapters, scale = lora_parts(lora, params["embed"].dtype)
+
+    def layer_step(x_BTD, xs):
+        layer, adapter, is_global = xs
+        turn_BT2h, here = turn_2BT2h[is_global], partial(attend, is_global)
+        return block(cfg, x_BTD, layer, adapter, scale, turn_BT2h, here)
+
+    xs = params["layers"], adapters, jnp.asarray(cfg.global_layers, jnp.int32)
+    x_BTD, kept = jax.lax.scan(rematerialised(layer_step, remat), x_BTD, xs)
+    return rms_norm(x_BTD, params["final_norm"], cfg.norm_eps), kept
+
+
 def hidden_states(
     params: Params,
     cfg: ModelConfig,
@@ -58,84 +77,64 @@ def hidden_states(
     remat: str = "none",
     keep_kv: bool = False,
 ):
-    """Run all layers and the final norm. Returns (x_BTD, (k_LBSKH, v_LBSKH) or None).
+    """Run the model over tokens. Returns (x_BTD, (k_LBSKH, v_LBSKH) or None).
 
-    remat: what the backward pass computes again, as in `rematerialised`.
     keep_kv: also return every layer's keys and values, which is what prefill is.
     """
     B, T = tokens_BT.shape
     start_B = jnp.zeros((B,), jnp.int32) if start_B is None else start_B
-    turn_2BT2h = rotations(cfg, positions(start_B, T))
     mask_2BTS = causal_mask(start_B, T, cfg.window)
-    adapters, scale = lora_parts(lora, params["embed"].dtype)
 
-    def layer_step(x_BTD, xs):
-        layer, adapter, is_global = xs
+    def attend(is_global, q_BTNH, k_BTKH, v_BTKH):
+        kept = (k_BTKH, v_BTKH) if keep_kv else None
+        if cfg.attention == "pallas":
+            window = jnp.where(is_global, T, cfg.window)
+            mix_BTNH = prefill_attention(q_BTNH, k_BTKH, v_BTKH, start_B, window)
+            return checkpoint_name(mix_BTNH, PRODUCT), kept
+        return attention(q_BTNH, k_BTKH, v_BTKH, mask_2BTS[is_global]), kept
 
-        def attend(q_BTNH, k_BTKH, v_BTKH):
-            kept = (k_BTKH, v_BTKH) if keep_kv else None
-            if cfg.attention == "pallas":
-                window = jnp.where(is_global, T, cfg.window)
-                mix_BTNH = prefill_attention(q_BTNH, k_BTKH, v_BTKH, start_B, window)
-                return checkpoint_name(mix_BTNH, PRODUCT), kept
-            return attention(q_BTNH, k_BTKH, v_BTKH, mask_2BTS[is_global]), kept
-
-        return block(cfg, x_BTD, layer, adapter, scale, turn_2BT2h[is_global], attend)
-
-    step = rematerialised(layer_step, remat)
-    is_global_L = jnp.asarray(cfg.global_layers, jnp.int32)
-    x_BTD = embed(params, cfg, tokens_BT)
-    x_BTD, kv = jax.lax.scan(step, x_BTD, (params["layers"], adapters, is_global_L))
-    return rms_norm(x_BTD, params["final_norm"], cfg.norm_eps), kv
+    x_BTD, turn_2BT2h = embed(params, cfg, tokens_BT), rotations(cfg, positions(start_B, T))
+    return run_layers(params, cfg, x_BTD, turn_2BT2h, lora, remat, attend)
 
 
 def group_states(
-    params: Params,
-    cfg: ModelConfig,
-    tokens_BT: jax.Array,
-    start_B: jax.Array,
-    lora,
-    remat: str,
-    *,
-    width: int,
-    group: int,
-) -> jax.Array:
+    params: Params, cfg: ModelConfig, tokens_BT, start_B, lora, remat: str, *,
+    width: int, group: int,
+) -> jax.Array:  # fmt: skip
     """Return `hidden_states`[:, width - 1 :] of rows that share their prompt, each prompt run once.
 
     Rows p * group + g for g < group are one prompt's: equal in the columns before `width`. Saves
-    (group - 1) / group of the prompts' work; value and gradient are the same.
+    (group - 1) / group of the prompts' work; value and gradient are the same. Where a weight meets
+    them all tokens lie in one row, prompts first; attention cuts it apart.
     """
-    T = tokens_BT.shape[1]
-    turn_2BT2h = rotations(cfg, positions(start_B, T))
+    B, T = tokens_BT.shape
     mask_2BTS = causal_mask(start_B, T, cfg.window)
-    adapters, scale = lora_parts(lora, params["embed"].dtype)
 
-    def layer_step(carry, xs):
-        x_PSD, x_BTD = carry
-        layer, adapter, is_global = xs
-        turn_BT2h, mask_BTS = turn_2BT2h[is_global], mask_2BTS[is_global]
+    def in_one_row(prompts_PS, rows_BT):
+        """Join [P, width, ...] and [B, T - width, ...] to [1, tokens, ...]."""
+        parts = [x.reshape(1, -1, *x.shape[2:]) for x in (prompts_PS, rows_BT)]
+        return jnp.concatenate(parts, axis=1)
 
-        def within_prompt(q_PSNH, k_PSKH, v_PSKH):
-            mask_PTS = mask_BTS[::group, :width, :width]
-            return attention(q_PSNH, k_PSKH, v_PSKH, mask_PTS), (k_PSKH, v_PSKH)
+    def cut(x_1T):
+        """Undo `in_one_row`."""
+        prompts, rows = jnp.split(x_1T, [B // group * width], axis=1)
+        return prompts.reshape(-1, width, *x_1T.shape[2:]), rows.reshape(B, -1, *x_1T.shape[2:])
 
-        turn_PS2h = turn_BT2h[::group, :width]
-        x_PSD, kv = block(cfg, x_PSD, layer, adapter, scale, turn_PS2h, within_prompt)
-        prompt_kv = [jnp.repeat(x_PSKH, group, axis=0) for x_PSKH in kv]
+    def attend(is_global, *qkv_1TNH):
+        mask_BTS = mask_2BTS[is_global]
+        (q_PSNH, q_BTNH), *kv = map(cut, qkv_1TNH)
+        mask_PSS = mask_BTS[::group, :width, :width]
+        mix_PSNH = attention(q_PSNH, *(prompts for prompts, _ in kv), mask_PSS)
+        both = [jnp.concatenate([jnp.repeat(p, group, axis=0), x], axis=1) for p, x in kv]
+        return in_one_row(mix_PSNH, attention(q_BTNH, *both, mask_BTS[:, width:])), None
 
-        def over_both(q_BTNH, *own_kv):
-            both = (jnp.concatenate(pair, axis=1) for pair in zip(prompt_kv, own_kv, strict=True))
-            return attention(q_BTNH, *both, mask_BTS[:, width:]), None
-
-        x_BTD, _ = block(cfg, x_BTD, layer, adapter, scale, turn_BT2h[:, width:], over_both)
-        return (x_PSD, x_BTD), None
-
-    step = rematerialised(layer_step, remat)
-    is_global_L = jnp.asarray(cfg.global_layers, jnp.int32)
-    parts = embed(params, cfg, tokens_BT[::group, :width]), embed(params, cfg, tokens_BT[:, width:])
-    (x_PSD, x_BTD), _ = jax.lax.scan(step, parts, (params["layers"], adapters, is_global_L))
-    x_BTD = jnp.concatenate([jnp.repeat(x_PSD[:, -1:], group, axis=0), x_BTD], axis=1)
-    return rms_norm(x_BTD, params["final_norm"], cfg.norm_eps)
+    tokens_1T, position_1T = (
+        in_one_row(x[::group, :width], x[:, width:]) for x in (tokens_BT, positions(start_B, T))
+    )
+    x_1TD, turn_21T2h = embed(params, cfg, tokens_1T), rotations(cfg, position_1T)
+    x_1TD, _ = run_layers(params, cfg, x_1TD, turn_21T2h, lora, remat, attend)
+    x_PSD, x_BTD = cut(x_1TD)
+    return jnp.concatenate([jnp.repeat(x_PSD[:, -1:], group, axis=0), x_BTD], axis=1)
 
 
 @jax.named_scope("unembed")
