@@ -10,20 +10,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from gemma_cot.config import ModelConfig
-from gemma_cot.model.kernels.gradients import PRODUCT, adapted_product, block_attention
+from gemma_cot.model.kernels.gradients import (
+    PRODUCT,
+    adapted_product,
+    block_attention,
+    rms_norm,
+)
 
 QUERY_BLOCK = 128  # queries whose scores exist at one time
-
-
-def rms_norm(x: jax.Array, w: jax.Array, eps: float) -> jax.Array:
-    """Return x / rms(x) * (1 + w) over the last axis, computed in float32, in x's dtype.
-
-    Zhang & Sennrich 2019 (arXiv:1910.07467), with Gemma's (1 + w).
-    """
-    x_f32 = x.astype(jnp.float32)
-    rms = jax.lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + eps)
-    scale = jnp.expand_dims(1.0 + w.astype(jnp.float32), tuple(range(x.ndim - w.ndim)))
-    return (x_f32 * rms * scale).astype(x.dtype)
 
 
 def rotations(cfg: ModelConfig, position_BT: jax.Array) -> jax.Array:

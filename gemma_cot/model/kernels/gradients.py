@@ -1,4 +1,4 @@
-"""The products of the model whose gradient is written out: attention, the two forms of LoRA, and
+"""The parts of the model whose gradient is written out: norm, attention, the two forms of LoRA, and
 the log-prob of a frozen embedding.
 
 Automatic differentiation would keep the attention weights and transpose arrays of their size, which
@@ -17,6 +17,41 @@ MASKED = -2.0e38
 PRODUCT = "product"  # the name of what `gemma.rematerialised` may keep
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: jax.Array, w_D: jax.Array, eps: float) -> jax.Array:
+    """Return x r (1 + w), r = 1 / rms(x), over the last axis, computed in float32, in x's dtype.
+
+    Zhang & Sennrich 2019 (arXiv:1910.07467), with Gemma's (1 + w). Its gradient written out:
+        d_x = r (d_y (1 + w) - x r^2 mean(d_y x (1 + w)))        d_w = d_y x r, summed
+    where the mean is a product of d_y x with 1 + w: XLA's CPU backend takes factors into a sum, and
+    runs that number by number.
+    """
+    x_f32 = x.astype(jnp.float32)
+    return (x_f32 * _inverse_rms(x_f32, eps) * _norm_scale(x, w_D)).astype(x.dtype)
+
+
+def _inverse_rms(x_f32, eps: float):
+    return jax.lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + eps)
+
+
+def _norm_scale(x, w_D):
+    return jnp.expand_dims(1.0 + w_D.astype(jnp.float32), tuple(range(x.ndim - 1)))
+
+
+def _rms_norm_backward(eps: float, kept, d_y):
+    x, w_D = kept
+    x_f32, d_y = x.astype(jnp.float32), d_y.astype(jnp.float32)
+    r, scale = _inverse_rms(x_f32, eps), _norm_scale(x, w_D)
+    along_x = d_y * x_f32
+    mean = jnp.matmul(along_x, scale.reshape(-1, 1), precision="highest") / x.shape[-1]
+    d_x = r * (d_y * scale - x_f32 * (r * r * mean))
+    d_w_D = (along_x * r).sum(tuple(range(x.ndim - 1)))
+    return d_x.astype(x.dtype), d_w_D.astype(w_D.dtype)
+
+
+rms_norm.defvjp(lambda x, w_D, eps: (rms_norm(x, w_D, eps), (x, w_D)), _rms_norm_backward)
+
+
 def exponentials(q_BKQTH: jax.Array, k_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
     """Return float32 `e_BKQTS` = exp(score - its maximum over S), 0 where a query may not look; all
     are 1 where it may look at nothing."""
@@ -33,7 +68,7 @@ def block_attention(q_BKQTH, k_BKSH, v_BKSH, mask_BTS):
 
     As in FlashAttention (Dao et al. 2022, arXiv:2205.14135, algorithms 1 and 4, here in one block):
         e = exp(score - top)    total = sum_s e    mix = e v / total
-        d_score = e (d_e - sum_s e d_e / total)    with d_e = d_mix v / total
+        d_score = e d_e - e sum_s e d_e / total    with d_e = d_mix v / total
     so that the exponentials are divided nowhere, and the gradient computes them again, as the value
     does, and transposes nothing of their size: on a CPU each costs about as much as a product. Only
     `total` is kept. (Were `top` kept too, XLA would compute the exponentials of a forward pass with
@@ -62,8 +97,9 @@ def _block_attention_backward(kept, d_mix_BKQTH):
     d_e_BKQTS = jnp.einsum(
         "BKQTH,BKSH->BKQTS", d_mix_BKQTH, v_BKSH, preferred_element_type=jnp.float32
     )
-    mean_BKQT1 = (e_BKQTS * d_e_BKQTS).sum(-1, keepdims=True) / total_BKQT1
-    d_score_BKQTS = (e_BKQTS * (d_e_BKQTS - mean_BKQT1)).astype(k_BKSH.dtype)
+    product_BKQTS = e_BKQTS * d_e_BKQTS
+    mean_BKQT1 = product_BKQTS.sum(-1, keepdims=True) / total_BKQT1
+    d_score_BKQTS = (product_BKQTS - e_BKQTS * mean_BKQT1).astype(k_BKSH.dtype)
     d_q_BKQTH = jnp.einsum("BKQTS,BKSH->BKQTH", d_score_BKQTS, k_BKSH)
     d_k_BKHS = jnp.einsum("BKQTH,BKQTS->BKHS", q_BKQTH, d_score_BKQTS)
     return d_q_BKQTH, d_k_BKHS.swapaxes(2, 3), d_v_BKHS.swapaxes(2, 3), None
