@@ -38,10 +38,17 @@ MUTANTS = (
     ),
     Mutant(
         "(1 + w) missing",
-        "model/layers.py",
-        "1.0 + w.astype(jnp.float32)",
-        "w.astype(jnp.float32)",
+        "model/kernels/gradients.py",
+        "1.0 + w_D.astype(jnp.float32)",
+        "w_D.astype(jnp.float32)",
         GOLDEN,
+    ),
+    Mutant(
+        "the norm's gradient as if rms were constant",
+        "model/kernels/gradients.py",
+        "d_y * scale - x_f32 * (r * r * mean)",
+        "d_y * scale",
+        "tests/model/test_layers.py",
     ),
     Mutant(
         "RoPE bases swapped",
@@ -131,8 +138,8 @@ MUTANTS = (
     Mutant(
         "softmax's gradient without its mean",
         "model/kernels/gradients.py",
-        "d_e_BKQTS - mean_BKQT1",
-        "d_e_BKQTS",
+        "product_BKQTS - e_BKQTS * mean_BKQT1",
+        "product_BKQTS",
         "tests/model/test_layers.py",
     ),
     Mutant(

@@ -131,6 +131,31 @@ def test_rms_norm_of_bfloat16_is_rounded_once():
     np.testing.assert_array_equal(np.asarray(got), want.astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize("shape", [(7,), (2, 3, 7), (2, 3, 4, 7)])
+def test_rms_norm_has_the_gradient_of_its_formula(shape):
+    """That of x / rms(x) (1 + w) by automatic differentiation, for x and for w."""
+    x, w, weight = (jnp.asarray(normal(*args)) for args in ((23, *shape), (24, 7), (25, *shape)))
+
+    def plain(x, w):
+        rms = jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-2)
+        return (weight * (x / rms * jnp.expand_dims(1.0 + w, tuple(range(x.ndim - 1))))).sum()
+
+    got = jax.grad(lambda x, w: (weight * rms_norm(x, w, 1e-2)).sum(), (0, 1))(x, w)
+    want = jax.grad(plain, (0, 1))(x, w)
+    for mine, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=2e-5)
+
+
+def test_rms_norm_of_bfloat16_has_gradients_in_bfloat16():
+    x, w = (jnp.asarray(normal(seed, 64), jnp.bfloat16) for seed in (26, 27))
+    x32, w32 = x.astype(jnp.float32), w.astype(jnp.float32)
+    got = jax.grad(lambda x, w: rms_norm(x, w, 1e-6).astype(jnp.float32).sum(), (0, 1))(x, w)
+    want = jax.grad(lambda x, w: rms_norm(x, w, 1e-6).sum(), (0, 1))(x32, w32)
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs.astype(jnp.bfloat16)))
+
+
 # -- rotary embedding
 
 
