@@ -28,7 +28,8 @@ from gemma_cot.model.params import init_params
 from gemma_cot.model.sample import Samples
 from gemma_cot.optim import init_state, make_optimizer, make_schedule
 
-flags = shapes.parse("gemma_cot")
+flags = shapes.parse("gemma_cot", devices=True)
+jax.config.update("jax_num_cpu_devices", flags.devices)
 trim_after_compiling()  # as every command does
 size = shapes.SHAPES[flags.shape]
 model_cfg = ModelConfig(
@@ -38,11 +39,14 @@ model_cfg = ModelConfig(
 num_prompts = max(1, flags.rows // shapes.GROUP)
 cfg = TrainConfig(
     num_generations=shapes.GROUP, prompts_per_rollout=num_prompts, mini_batch=num_prompts,
-    micro_batch=shapes.GROUP, remat="products", beta=shapes.BETA, temperature=shapes.TEMPERATURE,
+    micro_batch=min(shapes.GROUP, flags.rows // flags.devices), remat="products",
+    beta=shapes.BETA, temperature=shapes.TEMPERATURE,
     max_prompt_tokens=flags.prompt, max_completion_tokens=flags.new,
 )  # fmt: skip
-mesh = make_mesh(devices=jax.devices()[:1])
-params = jax.jit(lambda: init_params(jax.random.key(0), model_cfg))()
+mesh = make_mesh(devices=jax.devices()[: flags.devices])
+params = jax.jit(
+    lambda: init_params(jax.random.key(0), model_cfg), out_shardings=replicated(mesh)
+)()
 optimizer = make_optimizer(cfg, make_schedule(3e-6, 1000, 0.1))
 tokens_BT = shapes.tokens(flags)
 merge_on_device = jax.jit(merge)

@@ -1,11 +1,14 @@
-"""How the time of one piece of work grows with rows and with length: python benchmarks/scaling.py
+"""How the time of one piece of work grows with rows, length and devices: benchmarks/scaling.py
 
     python benchmarks/scaling.py --work=update --rows=4,8,16 --new=128,256,512,1024 > scaling.jsonl
+    python benchmarks/scaling.py --work=update --rows=16 --new=512 --devices=1,2,4 >> scaling.jsonl
 
 One process of `ours.py` a point, one after the other: first over --rows at 256 + 512 tokens, then
-over --new (completion tokens) at the first of --rows. One JSON line a point; `us_per_token` is the
-median time divided by rows x new, `growth` the exponent of time between a point and the one before
-it (1: linear). Nothing else should run on the machine then.
+over --new (completion tokens) at the first of --rows, then over --devices at the last of --rows.
+One JSON line a point; `us_per_token` is the median time divided by rows x new, `growth` the
+exponent of time between a point and the one before it (1: linear). CPU devices share the machine's
+cores, so that more of them do the same work: what time grows is what cutting it up costs. Nothing
+else should run on the machine.
 """
 
 import argparse
@@ -18,16 +21,16 @@ from pathlib import Path
 OURS = Path(__file__).parent / "ours.py"
 
 
-def run(work: str, rows: int, new: int, repeats: int) -> dict:
+def run(work: str, rows: int, new: int, devices: int, repeats: int) -> dict:
     """Return the figures of one point."""
     command = [sys.executable, str(OURS), f"--work={work}", f"--rows={rows}", f"--new={new}",
-               f"--repeats={repeats}"]  # fmt: skip
+               f"--devices={devices}", f"--repeats={repeats}"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{command} ended with {done.returncode}:\n{done.stderr[-3000:]}")
     line = json.loads(done.stdout.strip().splitlines()[-1])
     return {
-        "work": work, "rows": rows, "new": new, "median_s": line["median_s"],
+        "work": work, "rows": rows, "new": new, "devices": devices, "median_s": line["median_s"],
         "us_per_token": 1e6 * line["median_s"] / (rows * new), "peak_gib": line["peak_gib"],
     }  # fmt: skip
 
@@ -38,12 +41,19 @@ def main() -> None:
     parser.add_argument("--work", default="update")
     parser.add_argument("--rows", default="4,8,16")
     parser.add_argument("--new", default="128,256,512,1024")
+    parser.add_argument("--devices", default="1")
     parser.add_argument("--repeats", type=int, default=3)
     flags = parser.parse_args()
-    rows, news = ([int(n) for n in text.split(",")] for text in (flags.rows, flags.new))
-    for points in ([(n, 512) for n in rows], [(rows[0], n) for n in news]):
+    rows, news, devices = (
+        [int(n) for n in text.split(",")] for text in (flags.rows, flags.new, flags.devices)
+    )
+    for points in (
+        [(n, 512, 1) for n in rows],
+        [(rows[0], n, 1) for n in news],
+        [(rows[-1], 512, n) for n in devices],
+    ):
         before = None
-        for point in points:
+        for point in points if len(points) > 1 else ():
             line = run(flags.work, *point, flags.repeats)
             if before:
                 size = math.prod(point) / math.prod(before[0])

@@ -30,8 +30,8 @@ GROUP, RANK, BETA, TEMPERATURE = 4, 32, 0.04, 0.9
 WORKS = ("forward", "sample", "logprobs", "update", "iteration")
 
 
-def parse(who: str) -> argparse.Namespace:
-    """Read the flags that every script of a peer has."""
+def parse(who: str, devices: bool = False) -> argparse.Namespace:
+    """Read the flags that every script of a peer has; devices: and --devices, which is ours."""
     parser = argparse.ArgumentParser(description=f"Time one piece of work of {who}.")
     parser.add_argument("--work", choices=WORKS, required=True)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="small")
@@ -39,6 +39,8 @@ def parse(who: str) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=512, help="tokens of a completion")
     parser.add_argument("--repeats", type=int, default=3)
+    if devices:
+        parser.add_argument("--devices", type=int, default=1, help="CPU devices, data parallel")
     return parser.parse_args()
 
 

@@ -5,7 +5,9 @@
 One JSON line a program: HBM of a chip in GiB (XLA's total: arguments + results - results in place
 of arguments + temporaries), by owner, collectives {kind: [in the program, in its loops]}, the bound
 from shapes and peak figures, and the seconds that compiling took on this machine with its load at
-the end, which are the only timing here. --only=NAME takes the cases whose name holds NAME.
+the end, which are the only timing here. --only=NAME takes the cases whose name holds NAME;
+--topologies=v5e:1x1,v5e:2x2 instead shows how the 1B recipe grows with chips: as many prompts a
+chip on each, 4 x 768 tokens a chip in an update.
 """
 
 import argparse
@@ -47,10 +49,16 @@ CASES = {
 }  # fmt: skip
 
 
-def measure(case: str, name: str) -> dict:
-    """Compile one function of one case; return its figures."""
+def measure(case: str, name: str, topology: str = "v5e:2x4") -> dict:
+    """Compile one function of one case; return its figures. Another topology: data parallel, its
+    prompts those of v5e:2x4 for each chip."""
     shape, mesh, changes, _ = CASES[case]
-    devices, chip = devices_of("v5e:2x4")
+    devices, chip = devices_of(topology)
+    if topology != "v5e:2x4":
+        mesh, chips = f"{len(devices)}x1", len(devices)
+        changes = changes | dict(
+            mini_batch=changes["mini_batch"] * chips // 8, prompts_per_rollout=4 * chips
+        )
     cfg = TrainConfig(**PRESETS["gemma3_1b_v5e8"] | changes)
     shape = dataclasses.replace(shape, attention=cfg.attention, logprob=cfg.logprob)
     setup = Setup(cfg, shape, make_mesh(mesh, devices), "bfloat16", eval_rows=1000)
@@ -60,7 +68,7 @@ def measure(case: str, name: str) -> dict:
     return {
         "case": case,
         "function": name,
-        "topology": "v5e:2x4",
+        "topology": topology,
         "mesh": mesh,
         "hbm_gib": round(program.total / 2**30, 3),
         "hbm_gib_by_owner": {owner: round(size / 2**30, 3) for owner, size in held.items()},
@@ -78,11 +86,16 @@ def main() -> None:
     """Print a line a program."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="cases whose name holds this")
-    only = parser.parse_args().only
-    for case, (_, _, _, names) in CASES.items():
-        for name in names if only in case else ():
-            print(f"{case}: {name}", file=sys.stderr, flush=True)
-            print(json.dumps(measure(case, name)), flush=True)
+    parser.add_argument("--topologies", default="", help="comma-separated, such as v5e:1x1,v5e:2x2")
+    flags = parser.parse_args()
+    programs = [(case, name) for case in CASES for name in CASES[case][3] if flags.only in case]
+    if flags.topologies:
+        case = "1b 4 x 768 a chip"
+        programs = [(case, name, topology) for topology in flags.topologies.split(",")
+                    for name in ("decode", "update")]  # fmt: skip
+    for program in programs:
+        print(*program, file=sys.stderr, flush=True)
+        print(json.dumps(measure(*program)), flush=True)
 
 
 if __name__ == "__main__":
