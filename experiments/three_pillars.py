@@ -79,7 +79,7 @@ def findings(result: dict) -> list[str]:
                 for arm, seeds in result["arms"].items()}  # fmt: skip
         above = [f"{one} above {other}" for one in ends for other in ends
                  if min(ends[one]) > max(ends[other])]  # fmt: skip
-        found.append(f"* {title}, in all seeds: {'; '.join(above) or 'none above another'}.")
+        found.append(f"* {title}, every seed above every seed: {'; '.join(above) or 'none'}.")
     return found
 
 

@@ -193,14 +193,18 @@ def test_nine_runs_of_as_many_steps():
     ends = {
         metric: [[np.mean(curves[metric][-5:]) for curves in seeds.values()]
                  for seeds in result["arms"].values()]
-        for metric in ("signal_share", "reward_format")
+        for metric in ("signal_share", "reward_format", "reward_outcome")
     }  # fmt: skip
     assert "in this order in all three seeds" in words
     assert all(one < two < three for one, two, three in zip(*ends["signal_share"], strict=True))
     alone, two, three = ends["reward_format"]
-    assert "in all seeds, with process too in two of three" in words
-    assert min(two) > max(alone) and np.greater(three, alone).sum() == 2
-    assert f"{answers[0]}, {answers[1]} and {answers[2]}: no mixture is above another" in words
+    assert "in each seed, with process too in two of three; but the lowest" in words
+    assert np.greater(two, alone).all() and np.greater(three, alone).sum() == 2
+    assert min(two) < max(alone)
+    alone, two, three = ends["reward_outcome"]
+    told = f"{answers[0]}, {answers[1]} and {answers[2]}: no mixture is above outcome alone"
+    assert told in words
+    assert min(two + three) < max(alone) and min(three) > max(two)
 
 
 def functions_of(path: Path) -> set[str]:

@@ -1,5 +1,5 @@
-"""The parts of a Gemma 3 layer: norm, rotary embedding, linear (where LoRA meets a weight),
-attention masks, attention, MLP, and the block that joins them.
+"""The parts of a Gemma 3 layer: rotary embedding, linear (where LoRA meets a weight), attention
+masks, attention, MLP, and the block that joins them with the norm of `kernels.gradients`.
 
 Pure functions on arrays; knows no cache, no sampling and no files. `attend` is passed into the
 block, so that the full forward pass and the cached one are the same code.
