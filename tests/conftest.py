@@ -18,6 +18,9 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Compilation is most of the suite's time: the same float32 mathematics without XLA's costly passes,
+# in subprocesses too.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jax
 import pytest
@@ -29,8 +32,6 @@ from gemma_cot.model.params import init_params
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
-# Compilation is most of the suite's time: the same float32 mathematics without XLA's costly passes.
-jax.config.update("jax_disable_most_optimizations", True)
 
 TEST_MODEL = ModelConfig(
     num_layers=3,
