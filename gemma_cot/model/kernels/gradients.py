@@ -190,12 +190,17 @@ def _merged_product_backward(einsum: str, scale: float, inputs, d_y):
 merged_product.defvjp(_merged_product_forward, _merged_product_backward)
 
 
-def of_logits(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return (log p(target), entropy in nats), both [...], of softmax(logits [..., V])."""
-    log_z = jax.nn.logsumexp(logits, axis=-1)
+def of_logits(logits: jax.Array, target: jax.Array, temperature: float = 1.0) -> tuple:
+    """Return (log p(target), entropy in nats), both [...], of softmax(logits / temperature).
+
+    logits: [..., V], divided as they are exponentiated, not in a pass of their own.
+    """
+    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    total = jnp.exp((logits - top) / temperature).sum(-1)
+    log_z = jnp.log(total) + top[..., 0] / temperature
     chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-    mean = (jax.nn.softmax(logits, axis=-1) * logits).sum(-1)
-    return chosen - log_z, log_z - mean
+    mean = (jax.nn.softmax(logits / temperature, axis=-1) * logits).sum(-1)
+    return chosen / temperature - log_z, log_z - mean / temperature
 
 
 def logits_of(embed_VD: jax.Array, x: jax.Array, product=jnp.einsum) -> jax.Array:
@@ -212,16 +217,16 @@ def chosen_once(embed_VD: jax.Array, x: jax.Array, target: jax.Array, temperatur
     so that the backward pass multiplies with a number a position. Where the embedding is trained
     too, the backward pass computes the logits again instead.
     """
-    return of_logits(logits_of(embed_VD, x) / temperature, target)
+    return of_logits(logits_of(embed_VD, x), target, temperature)
 
 
 def _chosen_once_forward(*primals):
     embed_VD, x, target, temperature = (primal.value for primal in primals)
-    logits = logits_of(embed_VD, x) / temperature
-    both = of_logits(logits, target)
+    logits = logits_of(embed_VD, x)
+    both = of_logits(logits, target, temperature)
     if primals[0].perturbed:
         return both, (embed_VD, x, target, temperature)
-    d_logits = jax.nn.one_hot(target, len(embed_VD)) - jax.nn.softmax(logits, axis=-1)
+    d_logits = jax.nn.one_hot(target, len(embed_VD)) - jax.nn.softmax(logits / temperature, axis=-1)
     d_x = jnp.einsum(
         "...V,VD->...D", d_logits.astype(embed_VD.dtype), embed_VD,
         preferred_element_type=jnp.float32,
@@ -237,7 +242,7 @@ def _chosen_once_backward(kept, cotangents):
     embed_VD, x, target, temperature = kept
 
     def logp(embed_VD, x):
-        return of_logits(logits_of(embed_VD, x) / temperature, target)[0]
+        return of_logits(logits_of(embed_VD, x), target, temperature)[0]
 
     return *jax.vjp(logp, embed_VD, x)[1](d_logp), None, None
 

@@ -64,4 +64,4 @@ def chosen_logprob(
 
     Holds the logits [C, V]: 1.0 GiB for 1,024 positions of Gemma 3.
     """
-    return of_logits(logits_of(embed_VD, x_CD) / temperature, target_C)
+    return of_logits(logits_of(embed_VD, x_CD), target_C, temperature)
