@@ -244,8 +244,8 @@ MUTANTS = (
     Mutant(
         "log-probs at temperature 1",
         "model/kernels/gradients.py",
-        "    logits = logits_of(embed_VD, x) / temperature\n",
-        "    logits = logits_of(embed_VD, x)\n",
+        "both = of_logits(logits, target, temperature)",
+        "both = of_logits(logits, target)",
         "tests/model/test_logprob.py",
     ),
     Mutant(
