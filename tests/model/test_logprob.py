@@ -152,7 +152,7 @@ def test_chunk_bounds_positions_and_bytes(cfg, vocab_size, rows, chunk):
 
 @pytest.mark.parametrize("trained", [(0,), (1,), (0, 1)], ids=["embedding", "x", "both"])
 @pytest.mark.parametrize("chunk", [3, 7])
-def test_gradient_taken_with_the_value_is_that_of_the_log_softmax(chunk, trained):
+def test_value_and_gradient_taken_together_are_those_of_the_log_softmax(chunk, trained):
     """2 rows of 7 positions; the embedding frozen, as with LoRA, or trained too."""
     rng = np.random.default_rng(3)
     table_VD, x_BTD = rng.normal(size=(50, 8)), rng.normal(size=(2, 7, 8))
@@ -168,7 +168,10 @@ def test_gradient_taken_with_the_value_is_that_of_the_log_softmax(chunk, trained
         table_BTV = jax.nn.log_softmax(x_BTD @ table_VD.T / 0.7)
         return (chosen_BTV * table_BTV).sum()
 
-    got, want = (jax.jit(jax.grad(f, trained))(table_VD, x_BTD) for f in (ours, plain))
+    (value, got), (wanted, want) = (
+        jax.jit(jax.value_and_grad(f, trained))(table_VD, x_BTD) for f in (ours, plain)
+    )
+    assert float(value) == pytest.approx(float(wanted), rel=1e-5)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
