@@ -4,11 +4,11 @@
     python benchmarks/scaling.py --work=update --rows=16 --new=512 --devices=1,2,4 >> scaling.jsonl
 
 One process of `ours.py` a point, one after the other: first over --rows at 256 + 512 tokens, then
-over --new (completion tokens) at the first of --rows, then over --devices at the last of --rows.
-One JSON line a point; `us_per_token` is the median time divided by rows x new, `growth` the
-exponent of time between a point and the one before it (1: linear). CPU devices share the machine's
-cores, so that more of them do the same work: what time grows is what cutting it up costs. Nothing
-else should run on the machine.
+over --new (completion tokens) at the first of --rows, then over --devices at the last of --rows and
+256 + 512 tokens; a list of one number is not gone over. One JSON line a point; `us_per_token` is
+the median time divided by rows x new, `growth` the exponent of time between a point and the one
+before it (1: linear). CPU devices share the machine's cores, so that more of them do the same work:
+what time grows is what cutting it up costs. Nothing else should run on the machine.
 """
 
 import argparse
