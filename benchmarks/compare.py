@@ -6,6 +6,8 @@ Each flag names the interpreter of an environment in which `tunix_peer.py` or `t
 a peer without one is left out. For every row: one process of each, in turn, `--rounds` times;
 medians of the processes' medians; ratios of peer to ours (above 1: ours is faster, or smaller). One
 JSON line a row on stdout, a line of text on stderr. Nothing else should run on the machine then.
+Flags that are not named here go to the scripts: `--shape=1b --rows=4 --prompt=128 --new=64` for the
+shapes of Gemma 3 1B, `--dtype=bfloat16` on a GPU, where Tunix' script does not run.
 """
 
 import argparse
@@ -37,10 +39,13 @@ def main() -> None:
     parser.add_argument("--torch", help="python with torch, transformers, trl, peft, datasets")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--works", default="", help="comma-separated; empty: all")
+    parser.add_argument("--rows", type=int, help="sequences in every row; else as in ROWS")
     flags, extra = parser.parse_known_args()
     pythons = {"ours": sys.executable, "tunix": flags.tunix, "torch": flags.torch}
     pythons = {who: python for who, python in pythons.items() if python}
     wanted = [row for row in ROWS if not flags.works or row[0] in flags.works.split(",")]
+    if flags.rows:
+        wanted = list(dict.fromkeys((work, flags.rows) for work, _ in wanted))
     for work, rows in wanted:
         records = {who: [] for who in pythons}
         for _ in range(flags.rounds):

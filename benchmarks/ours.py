@@ -1,7 +1,8 @@
 """Time one piece of our work on random weights: python benchmarks/ours.py --work=sample --rows=16
 
 The functions are those of `gemma_cot.train`; prints one JSON line. `compare.py` runs it beside the
-peers. Rows never stop early, so that every run has the same number of tokens.
+peers, `utilisation.py` beside what the device can do: for that the line holds the work counted from
+shapes (`plan.cost`), of a whole call. Rows never stop early, so that every run has as many tokens.
 """
 
 from functools import partial
@@ -21,12 +22,14 @@ from gemma_cot.grpo.step import (
     make_grpo_step,
     make_logprobs,
     mini_batches,
+    shared_rows,
 )
 from gemma_cot.lora import init_lora, merge
 from gemma_cot.model.gemma import logits
 from gemma_cot.model.params import init_params
 from gemma_cot.model.sample import Samples
 from gemma_cot.optim import init_state, make_optimizer, make_schedule
+from gemma_cot.plan.cost import Cost, Rows, Share, forward, gradient, sampling
 
 flags = shapes.parse("gemma_cot", devices=True)
 jax.config.update("jax_num_cpu_devices", flags.devices)
@@ -45,11 +48,12 @@ cfg = TrainConfig(
 )  # fmt: skip
 mesh = make_mesh(devices=jax.devices()[: flags.devices])
 params = jax.jit(
-    lambda: init_params(jax.random.key(0), model_cfg), out_shardings=replicated(mesh)
+    lambda: init_params(jax.random.key(0), model_cfg, flags.dtype), out_shardings=replicated(mesh)
 )()
 optimizer = make_optimizer(cfg, make_schedule(3e-6, 1000, 0.1))
 tokens_BT = shapes.tokens(flags)
 merge_on_device = jax.jit(merge)
+merges = flags.dtype == "float32"
 
 
 def adapter():
@@ -59,14 +63,14 @@ def adapter():
 
 
 def roll_out(lora, seed: int = 0) -> Samples:
-    """Sample as `train.roll_out` does in float32: the adapter merged."""
+    """Sample as a run does: in float32 with the adapter merged."""
     prompts = [row[: flags.prompt].tolist() for row in tokens_BT[:: shapes.GROUP]]
     return jax.device_get(
         sample_prompts(
-            merge_on_device(params, lora), model_cfg, None, prompts, flags.prompt,
-            jax.random.key(seed), mesh, prompt_ids=list(range(num_prompts)),
-            num_completions=min(flags.rows, shapes.GROUP), max_new_tokens=flags.new,
-            temperature=shapes.TEMPERATURE, stop_ids=(),
+            merge_on_device(params, lora) if merges else params, model_cfg,
+            None if merges else lora, prompts, flags.prompt, jax.random.key(seed), mesh,
+            prompt_ids=list(range(num_prompts)), num_completions=min(flags.rows, shapes.GROUP),
+            max_new_tokens=flags.new, temperature=shapes.TEMPERATURE, stop_ids=(),
         )
     )  # fmt: skip
 
@@ -79,6 +83,18 @@ def given_samples() -> Samples:
         tokens_BT, mask_BT, np.zeros(tokens_BT.shape, np.float32), np.zeros(B, np.int32),
         np.zeros(B, bool), np.ones(B, np.float32),
     )  # fmt: skip
+
+
+def counted() -> list[Cost]:
+    """Return the work of one call of "sample" (prefill, decoding), "logprobs" or "update"."""
+    item = jnp.dtype(flags.dtype).itemsize
+    share = Share(model_cfg, shapes.RANK, flags.devices, 1, item)
+    if flags.work == "sample":
+        group = min(flags.rows, shapes.GROUP)
+        return sampling(share, num_prompts, group, num_prompts * group, flags.prompt, flags.new)
+    group = Rows(cfg.micro_batch, flags.prompt, flags.new, shared_rows(model_cfg, cfg))
+    one = forward(share, group) if flags.work == "logprobs" else gradient(share, group, cfg.remat)
+    return [one.times(flags.rows / cfg.micro_batch)]
 
 
 reward_PG = np.arange(num_prompts * shapes.GROUP, dtype=np.float32).reshape(-1, shapes.GROUP) % 4
@@ -119,4 +135,10 @@ else:
         figures = shapes.seconds(
             lambda: update(roll_out(held["state"].lora), lora), flags.repeats
         )
-shapes.emit("gemma_cot", flags, ("jax",), figures)
+if flags.work in ("sample", "logprobs", "update"):
+    figures |= {"flops": [c.flops for c in counted()], "hbm_bytes": [c.hbm for c in counted()]}
+device = jax.devices()[0]
+memory = device.memory_stats() or {}  # None of a CPU
+shapes.emit(
+    "gemma_cot", flags, ("jax",), figures, device.device_kind, memory.get("peak_bytes_in_use")
+)

@@ -30,7 +30,7 @@ GROUP, RANK, BETA, TEMPERATURE = 4, 32, 0.04, 0.9
 WORKS = ("forward", "sample", "logprobs", "update", "iteration")
 
 
-def parse(who: str, devices: bool = False) -> argparse.Namespace:
+def parse(who: str, devices: bool = False, dtypes=("float32", "bfloat16")) -> argparse.Namespace:
     """Read the flags that every script of a peer has; devices: and --devices, which is ours."""
     parser = argparse.ArgumentParser(description=f"Time one piece of work of {who}.")
     parser.add_argument("--work", choices=WORKS, required=True)
@@ -38,6 +38,7 @@ def parse(who: str, devices: bool = False) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=4, help="sequences; 4 to a prompt")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=512, help="tokens of a completion")
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="of weights")
     parser.add_argument("--repeats", type=int, default=3)
     if devices:
         parser.add_argument("--devices", type=int, default=1, help="CPU devices, data parallel")
@@ -79,10 +80,19 @@ def peak_gib() -> float:
     return int(line.split()[1]) / 2**20
 
 
-def emit(who: str, flags: argparse.Namespace, packages: tuple[str, ...], figures: dict) -> None:
-    """Print one JSON line."""
+def emit(
+    who: str,
+    flags: argparse.Namespace,
+    packages: tuple[str, ...],
+    figures: dict,
+    device: str = "cpu",
+    device_bytes: int | None = None,
+) -> None:
+    """Print one JSON line. device_bytes: the peak of an accelerator's memory; None: there is none,
+    and the peak of this process counts."""
     record = {
-        "who": who, **vars(flags), **figures, "peak_gib": peak_gib(),
+        "who": who, **vars(flags), **figures, "device": device,
+        "peak_gib": peak_gib() if device_bytes is None else device_bytes / 2**30,
         "cpus": len(os.sched_getaffinity(0)), "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in packages},
     }  # fmt: skip

@@ -20,8 +20,10 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 flags = shapes.parse("transformers, PEFT, TRL")
 size = shapes.SHAPES[flags.shape]
 V = size["vocab_size"]
+device = "cuda" if torch.cuda.is_available() else "cpu"
+dtype = getattr(torch, flags.dtype)
 tokens_BT = shapes.tokens(flags)
-ids = torch.from_numpy(tokens_BT.astype(np.int64))
+ids = torch.from_numpy(tokens_BT.astype(np.int64)).to(device)
 torch.manual_seed(0)
 model = Gemma3ForCausalLM(
     Gemma3TextConfig(
@@ -31,17 +33,28 @@ model = Gemma3ForCausalLM(
         query_pre_attn_scalar=size["head_dim"], sliding_window=shapes.WINDOW,
         max_position_embeddings=4096, pad_token_id=0, bos_token_id=2, eos_token_id=1,
     )
-).eval()  # fmt: skip
+).eval().to(device, dtype)  # fmt: skip
 lora = LoraConfig(
     r=shapes.RANK, lora_alpha=shapes.RANK // 2, task_type="CAUSAL_LM",
     target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 )  # fmt: skip
 
 
+def seconds(work) -> dict:
+    """Return `shapes.seconds` of work that a GPU may still be busy with when it returns."""
+
+    def done():
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return shapes.seconds(done, flags.repeats)
+
+
 @torch.inference_mode()
 def forward() -> dict:
     """Full logits of all rows."""
-    return shapes.seconds(lambda: model(input_ids=ids), flags.repeats)
+    return seconds(lambda: model(input_ids=ids))
 
 
 @torch.inference_mode()
@@ -57,7 +70,7 @@ def sample() -> dict:
         )  # fmt: skip
         assert out.shape == (flags.rows, flags.prompt + flags.new)
 
-    return shapes.seconds(once, flags.repeats)
+    return seconds(once)
 
 
 def completion_logprobs(model) -> torch.Tensor:
@@ -70,15 +83,15 @@ def completion_logprobs(model) -> torch.Tensor:
 @torch.inference_mode()
 def logprobs() -> dict:
     """Log-probs of the completions."""
-    return shapes.seconds(lambda: completion_logprobs(model), flags.repeats)
+    return seconds(lambda: completion_logprobs(model))
 
 
 def update() -> dict:
     """Log-probs, clipped loss with KL, backward, clip, AdamW, on the adapter."""
     policy = get_peft_model(model, lora).train()
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=3e-6)
-    advantage_B1 = (torch.arange(flags.rows) % 4 - 1.5)[:, None]
-    reference_BT = torch.full((flags.rows, flags.new), -9.0)
+    advantage_B1 = (torch.arange(flags.rows, device=device) % 4 - 1.5)[:, None]
+    reference_BT = torch.full((flags.rows, flags.new), -9.0, device=device)
 
     def once():
         optimizer.zero_grad()
@@ -91,7 +104,7 @@ def update() -> dict:
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.1)
         optimizer.step()
 
-    return shapes.seconds(once, flags.repeats)
+    return seconds(once)
 
 
 def iteration() -> dict:
@@ -131,9 +144,9 @@ def iteration() -> dict:
             gradient_accumulation_steps=num_prompts, num_generations=shapes.GROUP,
             max_completion_length=flags.new, beta=shapes.BETA, temperature=shapes.TEMPERATURE,
             top_k=50, top_p=1.0, max_steps=flags.repeats + 1, learning_rate=3e-6,
-            generation_kwargs={"min_new_tokens": flags.new}, use_cpu=True, bf16=False,
-            report_to=[], logging_steps=1000, save_strategy="no", disable_tqdm=True,
-            gradient_checkpointing=False,
+            generation_kwargs={"min_new_tokens": flags.new}, use_cpu=device == "cpu",
+            bf16=flags.dtype == "bfloat16", report_to=[], logging_steps=1000,
+            save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
         )  # fmt: skip
         trainer = GRPOTrainer(
             model=model, reward_funcs=[reward], processing_class=tokenizer, peft_config=lora,
@@ -144,4 +157,7 @@ def iteration() -> dict:
     return shapes.spread(times[1:]) | {"first_call_s": times[0]}
 
 
-shapes.emit("torch", flags, ("torch", "transformers", "trl", "peft"), globals()[flags.work]())
+figures, on = globals()[flags.work](), {}
+if device == "cuda":
+    on = dict(device=torch.cuda.get_device_name(), device_bytes=torch.cuda.max_memory_allocated())
+shapes.emit("torch", flags, ("torch", "transformers", "trl", "peft"), figures, **on)

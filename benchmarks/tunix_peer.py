@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from tunix.models.gemma3 import model as gemma3
 
-flags = shapes.parse("Tunix")
+flags = shapes.parse("Tunix", dtypes=("float32",))
 size = shapes.SHAPES[flags.shape]
 V = size["vocab_size"]
 NEVER = [V + 7]  # an id that cannot be sampled
