@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 
@@ -57,6 +58,7 @@ def tokens(flags: argparse.Namespace, seed: int = 0) -> np.ndarray:
 
 def seconds(work: Callable, repeats: int) -> dict:
     """Return first call and median, minimum, maximum of `repeats` more; `work` blocks."""
+    forget_peak()
     began = time.perf_counter()
     work()
     first = time.perf_counter() - began
@@ -73,8 +75,13 @@ def spread(times: list[float]) -> dict:
     return {"median_s": statistics.median(times), "min_s": min(times), "max_s": max(times)}
 
 
+def forget_peak() -> None:
+    """Let the peak of this process's memory begin anew: drawing random weights is not the work."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_gib() -> float:
-    """Return the peak resident memory of this process, GiB."""
+    """Return the peak resident memory of this process since `forget_peak`, GiB."""
     with open("/proc/self/status") as file:
         (line,) = (line for line in file if line.startswith("VmHWM"))
     return int(line.split()[1]) / 2**20
@@ -89,7 +96,7 @@ def emit(
     device_bytes: int | None = None,
 ) -> None:
     """Print one JSON line. device_bytes: the peak of an accelerator's memory; None: there is none,
-    and the peak of this process counts."""
+    and the peak of this process counts, since its model is there."""
     record = {
         "who": who, **vars(flags), **figures, "device": device,
         "peak_gib": peak_gib() if device_bytes is None else device_bytes / 2**30,

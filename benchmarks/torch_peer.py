@@ -152,6 +152,7 @@ def iteration() -> dict:
             model=model, reward_funcs=[reward], processing_class=tokenizer, peft_config=lora,
             train_dataset=Dataset.from_dict({"prompt": prompts}), args=config, callbacks=[Clock()],
         )  # fmt: skip
+        shapes.forget_peak()
         trainer.train()
     times = [end - begin for begin, end in zip(stamps[::2], stamps[1::2], strict=True)]
     return shapes.spread(times[1:]) | {"first_call_s": times[0]}

@@ -213,6 +213,7 @@ def iteration() -> dict:
             prompts = np.array([" ".join(map(str, row)) for row in rows])
             yield {"prompts": prompts, "answer": np.array(["0"] * num_prompts)}
 
+    shapes.forget_peak()
     learner.train(data())
     asked.append(time.perf_counter())
     gaps = np.diff(asked).tolist()
