@@ -24,7 +24,7 @@ from gemma_cot.grpo.step import (
     mini_batches,
     shared_rows,
 )
-from gemma_cot.lora import init_lora, merge
+from gemma_cot.lora import init_lora
 from gemma_cot.model.gemma import logits
 from gemma_cot.model.params import init_params
 from gemma_cot.model.sample import Samples
@@ -52,8 +52,6 @@ params = jax.jit(
 )()
 optimizer = make_optimizer(cfg, make_schedule(3e-6, 1000, 0.1))
 tokens_BT = shapes.tokens(flags)
-merge_on_device = jax.jit(merge)
-merges = flags.dtype == "float32"
 
 
 def adapter():
@@ -63,12 +61,11 @@ def adapter():
 
 
 def roll_out(lora, seed: int = 0) -> Samples:
-    """Sample as a run does: in float32 with the adapter merged."""
+    """Sample as a run does."""
     prompts = [row[: flags.prompt].tolist() for row in tokens_BT[:: shapes.GROUP]]
     return jax.device_get(
         sample_prompts(
-            merge_on_device(params, lora) if merges else params, model_cfg,
-            None if merges else lora, prompts, flags.prompt, jax.random.key(seed), mesh,
+            params, model_cfg, lora, prompts, flags.prompt, jax.random.key(seed), mesh,
             prompt_ids=list(range(num_prompts)), num_completions=min(flags.rows, shapes.GROUP),
             max_new_tokens=flags.new, temperature=shapes.TEMPERATURE, stop_ids=(),
         )

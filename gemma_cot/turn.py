@@ -22,12 +22,11 @@ from gemma_cot.grpo.step import (
     make_logprobs,
     mini_batches,
 )
-from gemma_cot.lora import Lora, init_lora, merge
+from gemma_cot.lora import Lora, init_lora
 from gemma_cot.optim import init_state, make_optimizer, make_schedule
 from gemma_cot.run import Run
 
 LORA_KEY, ROLLOUT_KEY = 0, 1  # purposes, folded into the key of the seed
-merge_on_device = jax.jit(merge)
 
 
 def first_adapter(run: Run) -> Lora:
@@ -111,18 +110,12 @@ def scored_rollout(run: Run, logprobs, policy, reference, meanwhile, number: int
 
 @jax.profiler.annotate_function
 def roll_out(run: Run, lora, rows: list, number: int):
-    """Sample the completions of rollout `number` for `rows`; returns device arrays.
-
-    The adapter is merged into float32 weights, which makes decoding faster; bfloat16 ones would
-    round it away, and the sampler would no longer be the policy that is trained.
-    """
-    cfg, params = run.cfg, run.params
-    if params["embed"].dtype == jnp.float32:
-        params, lora = merge_on_device(params, lora), None
+    """Sample the completions of rollout `number` for `rows`; returns device arrays."""
+    cfg = run.cfg
     key = jax.random.fold_in(jax.random.key(cfg.seed), ROLLOUT_KEY)
     key = jax.random.fold_in(key, number)
     return sample_prompts(
-        params, run.model_cfg, lora, [row.prompt_ids for row in rows], run.width, key, run.mesh,
+        run.params, run.model_cfg, lora, [row.prompt_ids for row in rows], run.width, key, run.mesh,
         prompt_ids=[row.example.id for row in rows], num_completions=cfg.num_generations,
         max_new_tokens=cfg.max_completion_tokens, temperature=cfg.temperature,
         stop_ids=run.tokenizer.stop_ids, slots=cfg.rollout_slots,

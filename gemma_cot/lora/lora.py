@@ -11,10 +11,9 @@ import jax.numpy as jnp
 
 from gemma_cot.axes import shape_of
 from gemma_cot.config import ModelConfig
-from gemma_cot.model.params import PARAM_TABLE, Leaf, Params
+from gemma_cot.model.params import LAYER_TABLE, Params, merged_layers
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-LEAVES = {leaf.path.removeprefix("layers/"): leaf for leaf in PARAM_TABLE if leaf.stacked}
 
 
 @flax.struct.dataclass
@@ -28,13 +27,6 @@ class Lora:
     def rank(self) -> int:
         """R, read from the shape of any `a`."""
         return next(iter(self.layers.values()))["a"].shape[-1]
-
-
-def lora_letters(target: str) -> tuple[str, str]:
-    """Return the letters of (a, b): "q" -> ("LDR", "LRNH"), "o" -> ("LNHR", "LRD")."""
-    leaf: Leaf = LEAVES[target]
-    kept = "".join(c for c in leaf.letters if c != "L" and c not in leaf.fan_in)
-    return f"L{leaf.fan_in}R", f"LR{kept}"
 
 
 def init_lora(
@@ -59,7 +51,7 @@ def init_lora(
     sizes = cfg.sizes | {"R": rank}
     layers = {}
     for target in targets:
-        letters_a, letters_b = lora_letters(target)
+        letters_a, letters_b = LAYER_TABLE[target].adapter_letters
         shape_a = shape_of(letters_a, sizes)
         fan_in = 1
         for letter in letters_a[1:-1]:
@@ -73,14 +65,7 @@ def init_lora(
 
 
 def merge(params: Params, lora: Lora | None) -> Params:
-    """Return params with W + scale * A B in every adapted weight (same dtype; sum in float32)."""
+    """Return params with W + scale A B in every adapted weight (same dtype; sum in float32)."""
     if lora is None:
         return params
-    layers = dict(params["layers"])
-    for target, ab in lora.layers.items():
-        letters_a, letters_b = lora_letters(target)
-        letters = LEAVES[target].letters
-        delta = jnp.einsum(f"{letters_a},{letters_b}->{letters}", ab["a"], ab["b"])
-        w = layers[target]
-        layers[target] = (w.astype(jnp.float32) + lora.scale * delta).astype(w.dtype)
-    return params | {"layers": layers}
+    return params | {"layers": merged_layers(params["layers"], lora.layers, lora.scale)}

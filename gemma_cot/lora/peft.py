@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from gemma_cot.config import ModelConfig
-from gemma_cot.lora.lora import LEAVES, TARGETS, Lora, lora_letters
+from gemma_cot.lora.lora import TARGETS, Lora
 from gemma_cot.model.load import (
     from_stored,
     read_json,
@@ -22,7 +22,7 @@ from gemma_cot.model.load import (
     to_stored,
     write_json,
 )
-from gemma_cot.model.params import Leaf
+from gemma_cot.model.params import LAYER_TABLE, Leaf
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # PEFT's wrapper around the model whose names the table holds
@@ -41,9 +41,9 @@ _PLAIN = {
 
 def pair_leaves(target: str) -> dict[str, Leaf]:
     """Return {"a": row, "b": row}: letters here, PEFT name and stored layout of a target's pair."""
-    leaf = LEAVES[target]
+    leaf = LAYER_TABLE[target]
     outputs, inputs = leaf.hf_layout.split(",")
-    letters_a, letters_b = lora_letters(target)
+    letters_a, letters_b = LAYER_TABLE[target].adapter_letters
     stem = _PREFIX + leaf.hf_name.removesuffix("weight")
     return {
         "a": Leaf(leaf.path, letters_a, "", stem + "lora_A.weight", f"R,{inputs}"),
@@ -77,7 +77,9 @@ def save_peft(
         "r": lora.rank,
         "lora_alpha": whole if whole / lora.rank == lora.scale else alpha,
         "lora_dropout": 0.0,
-        "target_modules": [LEAVES[t].hf_name.split(".")[-2] for t in TARGETS if t in lora.layers],
+        "target_modules": [
+            LAYER_TABLE[t].hf_name.split(".")[-2] for t in TARGETS if t in lora.layers
+        ],
         "fan_in_fan_out": False,
         "use_rslora": False,
     }

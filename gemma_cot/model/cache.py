@@ -24,7 +24,7 @@ from gemma_cot.model.kernels.layout import (
     write,
 )
 from gemma_cot.model.layers import block, rms_norm, rotations
-from gemma_cot.model.params import Params
+from gemma_cot.model.params import Params, merged_layers
 
 
 @flax.struct.dataclass
@@ -64,8 +64,15 @@ class DecodeWeights:
 
 
 def decode_weights(params: Params, cfg: ModelConfig, lora) -> DecodeWeights:
-    """Return the weights for `decode_step`, on a CPU a copy: to be called before a loop."""
+    """Return the weights for `decode_step`, on a CPU a copy: to be called before a loop.
+
+    The adapter is merged into float32 weights, which makes decoding faster; bfloat16 ones would
+    round it away, and the sampler would no longer be the policy that is trained.
+    """
     adapters, scale = lora_parts(lora, params["embed"].dtype)
+    if adapters and params["embed"].dtype == jnp.float32:
+        params = params | {"layers": merged_layers(params["layers"], adapters, scale)}
+        adapters = None
     if not by_layer(cfg):
         return DecodeWeights(params, ((params["layers"], adapters),), scale)
     layers = summed_last(params["layers"]), adapters

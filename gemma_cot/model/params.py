@@ -1,7 +1,7 @@
 """The parameter table: one row per leaf, from which shapes, init, sharding and names all follow.
 
 Fifteen leaves, the layers stacked on axis L. `load` and `save` walk this table in both directions;
-LoRA derives its own letters from it. Knows no files.
+the letters of adapters follow from it too. Knows no files.
 """
 
 import math
@@ -32,6 +32,12 @@ class Leaf:
         """Whether the leaf has the layer axis L in front (one stored tensor per layer)."""
         return self.letters.startswith("L")
 
+    @property
+    def adapter_letters(self) -> tuple[str, str]:
+        """Axes of an adapter's (a, b): ("LDR", "LRNH") of a weight "LDNH" whose fan-in is "D"."""
+        kept = "".join(c for c in self.letters if c != "L" and c not in self.fan_in)
+        return f"L{self.fan_in}R", f"LR{kept}"
+
 
 _LAYER = "model.layers.{i}."
 PARAM_TABLE = (
@@ -51,6 +57,7 @@ PARAM_TABLE = (
     Leaf("layers/down", "LFD", "F", _LAYER + "mlp.down_proj.weight", "D,F"),
     Leaf("layers/post_mlp_norm", "LD", "", _LAYER + "post_feedforward_layernorm.weight", "D"),
 )
+LAYER_TABLE = {leaf.path.removeprefix("layers/"): leaf for leaf in PARAM_TABLE if leaf.stacked}
 
 
 def put(tree: dict, path: str, value) -> None:
@@ -106,3 +113,15 @@ def init_params(key: jax.Array, cfg: ModelConfig, dtype="float32") -> Params:
 def num_params(cfg: ModelConfig) -> int:
     """Return the number of parameters, e.g. 999,885,952 for Gemma 3 1B."""
     return sum(math.prod(shape_of(leaf.letters, cfg.sizes)) for leaf in PARAM_TABLE)
+
+
+def merged_layers(layers: dict, adapters: dict, scale: float) -> dict:
+    """Return stacked layers with W + scale A B in every weight that has an adapter {"a", "b"} (same
+    dtype; sum in float32)."""
+    layers = dict(layers)
+    for name, ab in adapters.items():
+        w, leaf = layers[name], LAYER_TABLE[name]
+        product = f"{','.join(leaf.adapter_letters)}->{leaf.letters}"
+        delta = scale * jnp.einsum(product, ab["a"], ab["b"])
+        layers[name] = (w.astype(jnp.float32) + delta).astype(w.dtype)
+    return layers

@@ -90,8 +90,6 @@ def tree_bytes(tree) -> float:
 def owners(setup: Setup, name: str, program: Program) -> dict[str, float]:
     """Return {owner: bytes on one chip} of a function's memory; the sum is the program's total."""
     adapter = setup.state if name in ("update", "sft") else setup.state.lora
-    if name == "decode" and setup.merges:
-        adapter = None
     held = {"weights": tree_bytes(setup.params), "adapter + optimiser": tree_bytes(adapter)}
     held["batch"] = program.arguments - sum(held.values())
     if not program.compiled:

@@ -15,13 +15,13 @@ import numpy as np
 from gemma_cot.axes import RULES, shape_of
 from gemma_cot.config import ModelConfig
 from gemma_cot.lora import TARGETS
-from gemma_cot.lora.lora import lora_letters
 from gemma_cot.model.kernels.logprob import BLOCK_C
 from gemma_cot.model.layers import QUERY_BLOCK
 from gemma_cot.model.logprob import chunk_of
-from gemma_cot.model.params import PARAM_TABLE
+from gemma_cot.model.params import LAYER_TABLE, PARAM_TABLE
 
 F32 = 4  # bytes
+ADAPTER_LETTERS = [x for target in TARGETS for x in LAYER_TABLE[target].adapter_letters]
 BACKWARD = 2  # products per forward product whose two factors both need a gradient
 
 
@@ -65,13 +65,13 @@ class Share:
     @property
     def adapter(self) -> float:
         """Elements of the adapter that take part in a chip's products."""
-        return sum(self.local(x) for target in TARGETS for x in lora_letters(target))
+        return sum(self.local(x) for x in ADAPTER_LETTERS)
 
     @property
     def whole_adapter(self) -> int:
         """Elements of the whole adapter, which every chip keeps."""
         sizes = self.cfg.sizes | {"R": self.rank}
-        return sum(math.prod(shape_of(x, sizes)) for t in TARGETS for x in lora_letters(t))
+        return sum(math.prod(shape_of(x, sizes)) for x in ADAPTER_LETTERS)
 
     @property
     def cache_token(self) -> float:

@@ -17,8 +17,7 @@ TRIES = 3  # guesses of the largest rollout, a compilation each
 def beside(setup: Setup, name: str, programs: dict[str, Program]) -> float:
     """Return the bytes that one chip keeps while `name` runs and that are not its arguments.
 
-    The reference adapter; the moments of the optimiser while nothing is updated; the rollout;
-    the base weights while it runs on merged ones.
+    The reference adapter; the moments of the optimiser while nothing is updated; the rollout.
     """
     adapter = tree_bytes(setup.state.lora)
     code = sum(program.code for program in programs.values())
@@ -26,8 +25,7 @@ def beside(setup: Setup, name: str, programs: dict[str, Program]) -> float:
         return code + adapter
     rollout = setup.updates * tree_bytes(grpo_batch(setup))
     moments = 0 if name == "update" else tree_bytes(setup.state) - adapter
-    base = tree_bytes(setup.params) if name == "decode" and setup.merges else 0
-    return code + adapter + moments + rollout + base
+    return code + adapter + moments + rollout
 
 
 def needs(setup: Setup, programs: dict[str, Program]) -> dict[str, float]:

@@ -69,11 +69,6 @@ class Setup:
         return rows // (self.data * self.cfg.micro_batch)
 
     @property
-    def merges(self) -> bool:
-        """Whether rollouts run on weights with the adapter merged in: in float32, as train does."""
-        return self.dtype == "float32"
-
-    @property
     def eval_size(self) -> tuple[int, int]:
         """Rows of a call of the sampler in evaluation, and calls, as `evaluate_batches` does."""
         calls = math.ceil(self.eval_rows / (QUEUE * self.cfg.eval_batch))
@@ -134,12 +129,11 @@ def call_of(name: str, setup: Setup) -> Call:
     if name == "prefill":
         return prefill_call(setup)
     if name == "decode":
-        lora = None if setup.merges else setup.state.lora
         P, G, temperature = cfg.prompts_per_rollout, cfg.num_generations, cfg.temperature
-        return sample_call(setup, lora, P, G, temperature, cfg.rollout_slots or None)
+        return sample_call(setup, P, G, temperature, cfg.rollout_slots or None)
     if name == "evaluate":
         size, _ = setup.eval_size
-        return sample_call(setup, setup.state.lora, size, 1, 0.0, setup.slots(name))
+        return sample_call(setup, size, 1, 0.0, setup.slots(name))
     if name == "reference_logprobs":
         function = make_logprobs(setup.model_cfg, cfg, setup.mesh, width)
         return Call(function, (setup.params, setup.state.lora, grpo_batch(setup, False)), {}, {})
@@ -165,16 +159,14 @@ def prefill_call(setup: Setup) -> Call:
     return Call(function, (setup.params, setup.state.lora, tokens_PT, start_P), {}, {})
 
 
-def sample_call(
-    setup: Setup, lora, P: int, G: int, temperature: float, slots: int | None
-) -> Call:
+def sample_call(setup: Setup, P: int, G: int, temperature: float, slots: int | None) -> Call:
     """Return a call of `sample`."""
     number_P = setup.array((P,), jnp.int32, "P")
     tokens_PT = setup.array((P, setup.width), jnp.int32, "PT")
     key = setup.whole(lambda: jax.random.key(0))
     options = dict(
-        params=setup.params, tokens_PT=tokens_PT, start_P=number_P, key=key, lora=lora,
-        prompt_id_P=number_P,
+        params=setup.params, tokens_PT=tokens_PT, start_P=number_P, key=key,
+        lora=setup.state.lora, prompt_id_P=number_P,
     )  # fmt: skip
     static = dict(
         cfg=setup.model_cfg, num_completions=G, max_new_tokens=setup.cfg.max_completion_tokens,

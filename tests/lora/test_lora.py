@@ -9,10 +9,10 @@ import pytest
 
 from gemma_cot.axes import shape_of
 from gemma_cot.lora import TARGETS, Lora, init_lora, merge
-from gemma_cot.lora.lora import lora_letters
 from gemma_cot.model.gemma import logits
 from gemma_cot.model.kernels.gradients import lora_axes
 from gemma_cot.model.layers import linear
+from gemma_cot.model.params import LAYER_TABLE
 
 RANK, ALPHA = 4, 10.0
 BT = {"B": 2, "T": 9}  # 9 > window 5
@@ -52,7 +52,7 @@ def tokens_BT(cfg):
 
 def test_letters_of_every_target():
     # a: L, the axes the weight sums over, R.  b: L, R, the axes it produces.
-    assert {target: lora_letters(target) for target in TARGETS} == {
+    assert {target: LAYER_TABLE[target].adapter_letters for target in TARGETS} == {
         "q": ("LDR", "LRNH"),
         "k": ("LDR", "LRKH"),
         "v": ("LDR", "LRKH"),
@@ -67,7 +67,7 @@ def test_letters_of_every_target():
 def test_letters_are_those_that_the_forward_pass_contracts(target):
     """The pair that init makes is the pair that `layers.linear` multiplies by."""
     _, _, _, summed, kept = lora_axes(EINSUMS[target])
-    assert lora_letters(target) == (f"L{summed}R", f"LR{kept}")
+    assert LAYER_TABLE[target].adapter_letters == (f"L{summed}R", f"LR{kept}")
 
 
 # ---- init ---------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_merge_is_w_plus_scale_a_b_in_numpy(cfg, params):
     merged = merge(params, lora)["layers"]
     sizes = cfg.sizes | {"R": RANK}
     for target in TARGETS:
-        letters_a, letters_b = lora_letters(target)
+        letters_a, letters_b = LAYER_TABLE[target].adapter_letters
         w = np.asarray(params["layers"][target], np.float64)
         for i in range(cfg.num_layers):
             a = np.asarray(lora.layers[target]["a"][i], np.float64).reshape(-1, RANK)

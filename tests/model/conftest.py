@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from gemma_cot.axes import shape_of
-from gemma_cot.lora.lora import TARGETS, Lora, lora_letters
-from gemma_cot.model.params import build
+from gemma_cot.lora.lora import TARGETS, Lora
+from gemma_cot.model.params import LAYER_TABLE, build
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +34,7 @@ def lora(cfg) -> Lora:
     sizes = cfg.sizes | {"R": 3}
     layers = {}
     for target in TARGETS:
-        shapes = [shape_of(letters, sizes) for letters in lora_letters(target)]
+        shapes = [shape_of(letters, sizes) for letters in LAYER_TABLE[target].adapter_letters]
         a, b = (jnp.asarray(rng.normal(0.0, 0.2, shape), jnp.float32) for shape in shapes)
         layers[target] = {"a": a, "b": b}
     return Lora(layers, 1.5)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from gemma_cot.axes import platform
 from gemma_cot.config import ModelConfig
 from gemma_cot.model.kernels.gradients import MASKED, lora_axes
-from gemma_cot.model.params import PARAM_TABLE
+from gemma_cot.model.params import LAYER_TABLE
 
 
 def by_layer(cfg: ModelConfig) -> bool:
@@ -37,10 +37,9 @@ def weight_first(einsum: str, x: jax.Array, w: jax.Array, **options) -> jax.Arra
 def summed_last(layers: dict) -> dict:
     """Return stacked layers whose products' weights have the axes summed over last."""
     layers = dict(layers)
-    for leaf in PARAM_TABLE:
-        if leaf.stacked and leaf.fan_in:
+    for name, leaf in LAYER_TABLE.items():
+        if leaf.fan_in:
             kept = "".join(letter for letter in leaf.letters if letter not in leaf.fan_in)
-            name = leaf.path.removeprefix("layers/")
             layers[name] = jnp.einsum(f"{leaf.letters}->{kept}{leaf.fan_in}", layers[name])
     return layers
 
