@@ -74,6 +74,21 @@ def test_cached_equals_full_forward_at_every_position(
     np.testing.assert_allclose(got, full[:, WIDTH - 1 :], **SAME)
 
 
+def test_an_adapter_stays_beside_bfloat16_weights(layout, cfg, params, lora, tokens_BT):
+    """Merged into them it would be rounded away; the sampler must be the policy that is trained."""
+    for dtype, is_merged in (("float32", True), ("bfloat16", False)):
+        cast = jax.tree.map(lambda w, dtype=dtype: w.astype(dtype), params)
+        held = jax.eval_shape(partial(decode_weights, cfg=cfg), cast, lora=lora).layers
+        assert {adapter is None for _, adapter in held} == {is_merged}
+    start_B = np.repeat(START_P, G)
+    full, plain = (
+        jax.jit(partial(logits, cfg=cfg))(cast, tokens_BT=tokens_BT, start_B=start_B, lora=adapter)
+        for adapter in (lora, None)
+    )
+    error = np.abs(by_cache(cast, cfg, tokens_BT, lora) - full[:, WIDTH - 1 :]).max()
+    assert error < 0.1 * np.abs(plain - full).max()
+
+
 def test_a_ring_begun_at_a_later_clock_gives_the_same(layout, cfg, params, tokens_BT):
     """Begun at clock 4, the 9 tokens lie in columns 4 to 8 and 0 to 3."""
     late = by_cache(params, cfg, tokens_BT, began=4)
