@@ -13,23 +13,13 @@ shapes of Gemma 3 1B, `--dtype=bfloat16` on a GPU, where Tunix' script does not 
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-from pathlib import Path
 
-HERE = Path(__file__).parent
+import shapes
+
 SCRIPTS = {"ours": "ours.py", "tunix": "tunix_peer.py", "torch": "torch_peer.py"}
 ROWS = (("forward", 4), ("sample", 4), ("sample", 16), ("logprobs", 4), ("update", 4),
         ("iteration", 16))  # fmt: skip
-
-
-def run(python: str, who: str, work: str, rows: int, extra: list[str]) -> dict:
-    """Run one script in a process of its own; return its JSON line."""
-    command = [python, str(HERE / SCRIPTS[who]), f"--work={work}", f"--rows={rows}", *extra]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{command} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def main() -> None:
@@ -50,7 +40,10 @@ def main() -> None:
         records = {who: [] for who in pythons}
         for _ in range(flags.rounds):
             for who, python in pythons.items():
-                records[who].append(run(python, who, work, rows, extra))
+                line = shapes.run_script(
+                    SCRIPTS[who], f"--work={work}", f"--rows={rows}", *extra, python=python
+                )
+                records[who].append(line)
         line = {"work": work, "rows": rows, "rounds": flags.rounds}
         for who, results in records.items():
             line[who] = {

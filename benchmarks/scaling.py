@@ -14,21 +14,16 @@ what time grows is what cutting it up costs. Nothing else should run on the mach
 import argparse
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
-OURS = Path(__file__).parent / "ours.py"
+import shapes
 
 
 def run(work: str, rows: int, new: int, devices: int, repeats: int) -> dict:
     """Return the figures of one point."""
-    command = [sys.executable, str(OURS), f"--work={work}", f"--rows={rows}", f"--new={new}",
-               f"--devices={devices}", f"--repeats={repeats}"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{command} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    line = json.loads(done.stdout.strip().splitlines()[-1])
+    line = shapes.run_script(
+        "ours.py", f"--work={work}", f"--rows={rows}", f"--new={new}", f"--devices={devices}",
+        f"--repeats={repeats}",
+    )  # fmt: skip
     return {
         "work": work, "rows": rows, "new": new, "devices": devices, "median_s": line["median_s"],
         "us_per_token": 1e6 * line["median_s"] / (rows * new), "peak_gib": line["peak_gib"],

@@ -8,6 +8,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -68,6 +70,15 @@ def seconds(work: Callable, repeats: int) -> dict:
         work()
         times.append(time.perf_counter() - began)
     return spread(times) | {"first_call_s": first}
+
+
+def run_script(script: str, *flags: str, python: str = sys.executable) -> dict:
+    """Run a script of this folder in a process of its own; return its JSON line, the last."""
+    command = [python, str(Path(__file__).parent / script), *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{command} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def spread(times: list[float]) -> dict:

@@ -14,18 +14,15 @@ the time of sampling and not in its bytes. One JSON line each; nothing else shou
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import shapes
 
 from gemma_cot.plan.chips import CHIPS
 
-HERE = Path(__file__).parent
 CALLS = 8  # in flight at one time, so that starting one is hidden behind those before it
 
 
@@ -55,16 +52,6 @@ def peaks(dtype: str) -> dict:
     }
 
 
-def child(script: str, *flags: str) -> dict:
-    """Run a script of this folder in a process of its own, which frees the device at its end;
-    return its JSON line."""
-    command = [sys.executable, str(HERE / script), *flags]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{command} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def main() -> None:
     """Parse the command line and print three lines."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -75,11 +62,11 @@ def main() -> None:
     if flags.peaks:
         print(json.dumps(peaks(flags.dtype)))
         return
-    best = child("utilisation.py", "--peaks", f"--dtype={flags.dtype}")
+    best = shapes.run_script("utilisation.py", "--peaks", f"--dtype={flags.dtype}")
     print(json.dumps(best), flush=True)
     extra = [*extra, f"--dtype={flags.dtype}"]
 
-    run = child("ours.py", "--work=sample", f"--rows={flags.rows}", *extra)
+    run = shapes.run_script("ours.py", "--work=sample", f"--rows={flags.rows}", *extra)
     bytes_per_s = run["hbm_bytes"][-1] / run["median_s"]
     line = {
         "work": "sample", "rows": run["rows"], "median_s": run["median_s"],
@@ -88,7 +75,7 @@ def main() -> None:
     }  # fmt: skip
     print(json.dumps(line), flush=True)
 
-    run = child("ours.py", "--work=update", "--rows=4", *extra)
+    run = shapes.run_script("ours.py", "--work=update", "--rows=4", *extra)
     flops_per_s = sum(run["flops"]) / run["median_s"]
     line = {
         "work": "update", "rows": run["rows"], "median_s": run["median_s"],
