@@ -105,8 +105,6 @@ def test_owners_add_up_to_what_xla_says(make_setup, programs):
     assert update["adapter + optimiser"] == pytest.approx(3 * adapter, abs=16)  # Adam's two moments
     decode = owners(setup, "decode", compiled(programs, setup, "decode"))
     assert decode["adapter + optimiser"] == adapter
-    merged = 4 * sum(setup.params["layers"][name].size for name in setup.state.lora.layers)
-    assert decode["temporaries"] > merged, "in float32 decoding has merged weights of its own"
     # a device: 2 prompts of 16 tokens, 4 completions of 7; 3 layers, 2 heads of 8, keys and values
     assert decode["KV cache"] == (2 * 16 + 4 * 7) * 3 * 2 * 2 * 8 * 4
 
