@@ -5,6 +5,7 @@ peers, `utilisation.py` beside what the device can do: for that the line holds t
 shapes (`plan.cost`), of a whole call. Rows never stop early, so that every run has as many tokens.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -42,7 +43,7 @@ model_cfg = ModelConfig(
 num_prompts = max(1, flags.rows // shapes.GROUP)
 cfg = TrainConfig(
     num_generations=shapes.GROUP, prompts_per_rollout=num_prompts, mini_batch=num_prompts,
-    micro_batch=min(shapes.GROUP, flags.rows // flags.devices), remat="products",
+    micro_batch=min(flags.micro, flags.rows // flags.devices), remat="products",
     beta=shapes.BETA, temperature=shapes.TEMPERATURE,
     max_prompt_tokens=flags.prompt, max_completion_tokens=flags.new,
 )  # fmt: skip
@@ -83,10 +84,13 @@ def given_samples() -> Samples:
 
 
 def counted() -> list[Cost]:
-    """Return the work of one call of "sample" (prefill, decoding), "logprobs" or "update"."""
+    """Return the work of one call of "sample" (prefill, decoding: of caches what is visible),
+    "logprobs" or "update"."""
     item = jnp.dtype(flags.dtype).itemsize
     share = Share(model_cfg, shapes.RANK, flags.devices, 1, item)
     if flags.work == "sample":
+        seen = replace(model_cfg, attention="pallas")  # which is counted by what a token may see
+        share = replace(share, cfg=seen)
         group = min(flags.rows, shapes.GROUP)
         return sampling(share, num_prompts, group, num_prompts * group, flags.prompt, flags.new)
     group = Rows(cfg.micro_batch, flags.prompt, flags.new, shared_rows(model_cfg, cfg))

@@ -39,6 +39,7 @@ def parse(who: str, devices: bool = False, dtypes=("float32", "bfloat16")) -> ar
     parser.add_argument("--work", choices=WORKS, required=True)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="small")
     parser.add_argument("--rows", type=int, default=4, help="sequences; 4 to a prompt")
+    parser.add_argument("--micro", type=int, default=GROUP, help="rows of a micro-batch at most")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=512, help="tokens of a completion")
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="of weights")

@@ -121,7 +121,6 @@ def iteration() -> dict:
         tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
         unk_token="<unk>", padding_side="left",
     )  # fmt: skip
-    num_prompts = flags.rows // shapes.GROUP
     rows = [shapes.tokens(flags, seed)[:: shapes.GROUP] for seed in range(flags.repeats + 2)]
     prompts = [" ".join(f"w{i}" for i in row[: flags.prompt]) for part in rows for row in part]
     stamps = []
@@ -140,8 +139,8 @@ def iteration() -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
-            output_dir=folder, per_device_train_batch_size=shapes.GROUP,
-            gradient_accumulation_steps=num_prompts, num_generations=shapes.GROUP,
+            output_dir=folder, per_device_train_batch_size=flags.micro,
+            gradient_accumulation_steps=flags.rows // flags.micro, num_generations=shapes.GROUP,
             max_completion_length=flags.new, beta=shapes.BETA, temperature=shapes.TEMPERATURE,
             top_k=50, top_p=1.0, max_steps=flags.repeats + 1, learning_rate=3e-6,
             generation_kwargs={"min_new_tokens": flags.new}, use_cpu=device == "cpu",

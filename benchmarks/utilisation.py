@@ -5,8 +5,9 @@
 
 First what the device does at its best, measured: bytes a second of a copy (read and written), FLOPs
 a second of a square matrix product, both in --dtype. Then `ours.py` in processes of its own:
-sampling --rows rows, and an update of 4 rows. The bytes that decoding must move and the FLOPs of an
-update (forward, and backward to the activations and the adapter; masked scores and the scores that
+sampling --rows rows, and an update of one micro-batch of --micro rows. The bytes that decoding must
+move (weights, adapter, the keys and values that a token may see) and the FLOPs of an update
+(forward, and backward to the activations and the adapter; masked scores and the scores that
 attention computes again included) are counted from shapes by `gemma_cot.plan.cost`. Prefill is in
 the time of sampling and not in its bytes. One JSON line each; nothing else should run meanwhile.
 """
@@ -41,13 +42,14 @@ def seconds(step: Callable, x: jax.Array) -> float:
 def peaks(dtype: str) -> dict:
     """Return what this process's device does at its best, by measuring it."""
     device = jax.devices()[0]
-    n, size = (2048, 2**28) if device.platform == "cpu" else (8192, 2**30)  # bytes of one array
+    n, size = (2048, 2**28) if device.platform == "cpu" else (8192, 2**32)  # bytes of one array
     x = jnp.ones(size // jnp.dtype(dtype).itemsize, dtype)
     a = jax.random.normal(jax.random.key(0), (n, n), dtype) * n**-0.5
-    copy, product = jax.jit(lambda x: x + 1, donate_argnums=0), jax.jit(jnp.matmul)
+    product = jax.jit(jnp.matmul)
+    copies = jax.jit(jnp.copy), jax.jit(lambda x: x + 1)  # the device's own, and a loop
     return {
         "device": device.device_kind,
-        "copy_bytes_per_s": 2 * size / seconds(copy, x),
+        "copy_bytes_per_s": 2 * size / min(seconds(copy, x) for copy in copies),
         "product_flops_per_s": 2 * n**3 / seconds(lambda x: product(x, a), a),
     }
 
@@ -57,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rows", type=int, default=16, help="rows sampled; 4 to a prompt")
+    parser.add_argument("--micro", type=int, default=shapes.GROUP, help="rows of the update")
     parser.add_argument("--peaks", action="store_true", help="only the first line")
     flags, extra = parser.parse_known_args()
     if flags.peaks:
@@ -75,7 +78,8 @@ def main() -> None:
     }  # fmt: skip
     print(json.dumps(line), flush=True)
 
-    run = shapes.run_script("ours.py", "--work=update", "--rows=4", *extra)
+    rows = f"--rows={flags.micro}", f"--micro={flags.micro}"
+    run = shapes.run_script("ours.py", "--work=update", *rows, *extra)
     flops_per_s = sum(run["flops"]) / run["median_s"]
     line = {
         "work": "update", "rows": run["rows"], "median_s": run["median_s"],

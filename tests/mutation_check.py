@@ -131,8 +131,8 @@ MUTANTS = (
     Mutant(
         "the chosen token missing in the gradient of its log-prob",
         "model/kernels/gradients.py",
-        "jax.nn.one_hot(target, len(embed_VD)) - jax",
-        "-jax",
+        "jax.nn.one_hot(target, len(embed_VD)) - e",
+        "-e",
         "tests/model/test_logprob.py",
     ),
     Mutant(

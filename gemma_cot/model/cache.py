@@ -7,23 +7,17 @@ at clock c every row writes column c mod S, whenever it began, so that a row can
 are running. Knows no sampling.
 """
 
+from functools import partial
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from gemma_cot.config import ModelConfig
 from gemma_cot.model.gemma import embed, hidden_states, lora_parts, unembed
+from gemma_cot.model.kernels import layout
 from gemma_cot.model.kernels.decode import decode_attention
-from gemma_cot.model.kernels.layout import (
-    by_layer,
-    lengthen,
-    shared_attention,
-    stored,
-    summed_last,
-    weight_first,
-    write,
-)
-from gemma_cot.model.layers import block, rms_norm, rotations
+from gemma_cot.model.layers import block, each_by_itself, rms_norm, rotations
 from gemma_cot.model.params import Params, merged_layers
 
 
@@ -31,8 +25,8 @@ from gemma_cot.model.params import Params, merged_layers
 class Cache:
     """Keys (after norm and rotation) and values of every layer: one LPSKH or LBSKH array of all.
 
-    On a CPU one array a layer, keys [P * K, H, S], values [P * K, S, H] (B for tails): what XLA's
-    products read as it lies. It would copy a layer out of a stack, and another order, every token.
+    Where every layer lies by itself (`layout.by_layer`) one array a layer, keys [P * K, H, S],
+    values [P * K, S, H] (B for tails): what XLA's products on a CPU read as it lies.
     """
 
     prompt_k: tuple[jax.Array, ...]  # S = prompt width
@@ -56,7 +50,7 @@ class Cache:
 @flax.struct.dataclass
 class DecodeWeights:
     """What `decode_step` reads: the parameters, and (layer, adapters or None) of all layers in one
-    stack; on a CPU of each layer, its weights as `weight_first` wants them."""
+    stack, or of each layer as `layout.joined` gives it."""
 
     params: Params
     layers: tuple
@@ -64,7 +58,7 @@ class DecodeWeights:
 
 
 def decode_weights(params: Params, cfg: ModelConfig, lora) -> DecodeWeights:
-    """Return the weights for `decode_step`, on a CPU a copy: to be called before a loop.
+    """Return the weights for `decode_step`, by layer a copy: to be called before a loop.
 
     The adapter is merged into float32 weights, which makes decoding faster; bfloat16 ones would
     round it away, and the sampler would no longer be the policy that is trained.
@@ -73,9 +67,9 @@ def decode_weights(params: Params, cfg: ModelConfig, lora) -> DecodeWeights:
     if adapters and params["embed"].dtype == jnp.float32:
         params = params | {"layers": merged_layers(params["layers"], adapters, scale)}
         adapters = None
-    if not by_layer(cfg):
+    if not layout.by_layer(cfg):
         return DecodeWeights(params, ((params["layers"], adapters),), scale)
-    layers = summed_last(params["layers"]), adapters
+    layers = layout.joined(params["layers"], adapters)
     each = (jax.tree.map(lambda x, i=i: x[i], layers) for i in range(cfg.num_layers))
     return DecodeWeights(params, tuple(each), scale)
 
@@ -95,14 +89,14 @@ def new_cache(
     """Return the cache of rows about to begin at clock 0, num_rows / P to a prompt."""
     L, P, _, K, H = kv_LPSKH[0].shape
     tail = jnp.zeros((L, num_rows, max_new_tokens, K, H), kv_LPSKH[0].dtype)
-    prompts, tails = stored(cfg, kv_LPSKH), stored(cfg, (tail, tail))
+    prompts, tails = layout.stored(cfg, kv_LPSKH), layout.stored(cfg, (tail, tail))
     return Cache(*prompts, *tails, start_P, jnp.zeros((P,), jnp.int32))
 
 
 def widen(cache: Cache, ring: int) -> Cache:
     """Return the cache with tails of `ring` columns; no tail may have run over its end before."""
     tails = zip(cache.tail_k, cache.tail_v, strict=True)
-    wider = [lengthen(*tail, ring - cache.ring) for tail in tails]
+    wider = [layout.lengthen(*tail, ring - cache.ring) for tail in tails]
     tail_k, tail_v = zip(*wider, strict=True)
     return cache.replace(tail_k=tail_k, tail_v=tail_v)
 
@@ -134,11 +128,11 @@ def over_layers(run, cfg: ModelConfig, weights: DecodeWeights, cache: Cache, x_B
     """Return (x_BTD, (tail_k, tail_v)) after `run(x_BTD, (layer, adapter), is_global, index,
     prompts, tails) -> (x_BTD, tails)` of every layer.
 
-    Layers are scanned, the tails being the scan's carry, so that XLA updates them in place; on a
-    CPU, where it would copy each layer's weights out of their stack, the loop is written out.
+    Layers are scanned, the tails being the scan's carry, so that XLA updates them in place; where
+    it would copy each layer's weights out of their stack, the loop is written out.
     """
     caches = zip(cache.prompt_k, cache.prompt_v, cache.tail_k, cache.tail_v, strict=True)
-    if by_layer(cfg):
+    if layout.by_layer(cfg):
         tails = []
         for index, (here, parts) in enumerate(zip(weights.layers, caches, strict=True)):
             is_global = int(cfg.global_layers[index])
@@ -165,11 +159,11 @@ def decode_step(
     position_B = jnp.repeat(width + clock - cache.began_P - cache.start_P, B // P)
     turn_2BT2h = rotations(cfg, position_B[:, None])
     prompt_2PS, tail_2PS = decode_masks(cache, clock, cfg.window)
-    product = weight_first if by_layer(cfg) else jnp.einsum
+    project = partial(layout.all_at_once, cfg) if layout.by_layer(cfg) else each_by_itself
 
     def run(x_BTD, layer_and_adapter, is_global, index, prompts, tails):
         def attend(q_BTNH, k_BTKH, v_BTKH):
-            grown = write(*tails, k_BTKH, v_BTKH, clock % ring, index)
+            grown = layout.write(*tails, k_BTKH, v_BTKH, clock % ring, index)
             caches = (*prompts, *grown)
             if cfg.attention == "pallas":
                 window = jnp.where(is_global, width + ring, cfg.window)
@@ -178,15 +172,15 @@ def decode_step(
                 )
             else:
                 masks = prompt_2PS[is_global], tail_2PS[is_global]
-                caches = caches if by_layer(cfg) else (x[index] for x in caches)
-                mix_BNH = shared_attention(q_BTNH[:, 0], *caches, masks)
+                caches = caches if layout.by_layer(cfg) else (x[index] for x in caches)
+                mix_BNH = layout.shared_attention(q_BTNH[:, 0], *caches, masks)
             return mix_BNH[:, None], grown
 
         turn_BT2h = turn_2BT2h[is_global]
-        return block(cfg, x_BTD, *layer_and_adapter, weights.scale, turn_BT2h, attend, product)
+        return block(cfg, x_BTD, *layer_and_adapter, weights.scale, turn_BT2h, attend, project)
 
     x_BTD = embed(weights.params, cfg, token_B[:, None])
     x_BTD, (tail_k, tail_v) = over_layers(run, cfg, weights, cache, x_BTD)
     x_BD = rms_norm(x_BTD[:, 0], weights.params["final_norm"], cfg.norm_eps)
-    logits_BV = unembed(weights.params, x_BD, product)
+    logits_BV = unembed(weights.params, x_BD, layout.few_rows())
     return logits_BV, cache.replace(tail_k=tail_k, tail_v=tail_v)

@@ -18,6 +18,10 @@ from gemma_cot.model.kernels.gradients import (
 )
 
 QUERY_BLOCK = 128  # queries whose scores exist at one time
+PRODUCTS = {  # how x meets each weight
+    "q": "BTD,DNH->BTNH", "k": "BTD,DKH->BTKH", "v": "BTD,DKH->BTKH", "o": "BTNH,NHD->BTD",
+    "gate": "BTD,DF->BTF", "up": "BTD,DF->BTF", "down": "BTF,FD->BTD",
+}  # fmt: skip
 
 
 def rotations(cfg: ModelConfig, position_BT: jax.Array) -> jax.Array:
@@ -40,18 +44,23 @@ def apply_rope(x_BTNH: jax.Array, turn_BT2h: jax.Array) -> jax.Array:
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTNH.dtype)
 
 
-def linear(einsum: str, x, layer: dict, name: str, lora, scale: float, product=jnp.einsum):
-    """Return product(einsum, x, w) plus, when `lora` has `name`, scale * (x·a)·b.
+def linear(einsum: str, x, layer: dict, name: str, lora, scale: float):
+    """Return einsum(x, w) plus, when `lora` has `name`, scale * (x·a)·b.
 
     The only place where an adapter meets a weight. y = W x + (alpha / r) B A x,
     Hu et al. 2021 (arXiv:2106.09685), section 4.1.
     """
     if lora is None or name not in lora:
-        y = product(einsum, x, layer[name])
+        y = jnp.einsum(einsum, x, layer[name])
     else:
         a, b = (lora[name][part].astype(x.dtype) for part in ("a", "b"))
-        y = adapted_product(einsum, x, layer[name], a, b, scale, product)
+        y = adapted_product(einsum, x, layer[name], a, b, scale)
     return checkpoint_name(y, PRODUCT)
+
+
+def each_by_itself(layer: dict, lora: dict | None, scale: float, x, *names: str) -> tuple:
+    """Return the products of x with the weights of these names, one after the other."""
+    return tuple(linear(PRODUCTS[name], x, layer, name, lora, scale) for name in names)
 
 
 def causal_mask(start_B: jax.Array, num_positions: int, window: int) -> jax.Array:
@@ -100,30 +109,28 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS:
 
 
 @jax.named_scope("mlp")
-def mlp(x_BTD, layer: dict, lora: dict | None, scale: float, product=jnp.einsum) -> jax.Array:
+def mlp(x_BTD, layer: dict, lora: dict | None, scale: float, project=each_by_itself) -> jax.Array:
     """Return down(gelu_tanh(gate(x)) * up(x)), the gated MLP of Gemma."""
-    gate_BTF = linear("BTD,DF->BTF", x_BTD, layer, "gate", lora, scale, product)
-    up_BTF = linear("BTD,DF->BTF", x_BTD, layer, "up", lora, scale, product)
+    gate_BTF, up_BTF = project(layer, lora, scale, x_BTD, "gate", "up")
     hidden_BTF = jax.nn.gelu(gate_BTF, approximate=True) * up_BTF
-    return linear("BTF,FD->BTD", hidden_BTF, layer, "down", lora, scale, product)
+    (out_BTD,) = project(layer, lora, scale, hidden_BTF, "down")
+    return out_BTD
 
 
-def block(cfg: ModelConfig, x_BTD, layer, lora, scale, turn_BT2h, attend, product=jnp.einsum):
+def block(cfg: ModelConfig, x_BTD, layer, lora, scale, turn_BT2h, attend, project=each_by_itself):
     """Run one layer: norms before and after both attention and MLP, residuals around each pair.
 
     `attend(q_BTNH, k_BTKH, v_BTKH) -> (mix_BTNH, kept)` decides what is attended to and what is
-    kept of the new keys and values. product: how x meets a weight, `jnp.einsum` or `weight_first`.
+    kept of the new keys and values. project: how x meets the weights that all multiply it.
     Returns (x_BTD, kept).
     """
     h_BTD = rms_norm(x_BTD, layer["pre_attn_norm"], cfg.norm_eps)
-    q_BTNH = linear("BTD,DNH->BTNH", h_BTD, layer, "q", lora, scale, product)
-    k_BTKH = linear("BTD,DKH->BTKH", h_BTD, layer, "k", lora, scale, product)
-    v_BTKH = linear("BTD,DKH->BTKH", h_BTD, layer, "v", lora, scale, product)
+    q_BTNH, k_BTKH, v_BTKH = project(layer, lora, scale, h_BTD, "q", "k", "v")
     q_BTNH = apply_rope(rms_norm(q_BTNH, layer["q_norm"], cfg.norm_eps), turn_BT2h)
     k_BTKH = apply_rope(rms_norm(k_BTKH, layer["k_norm"], cfg.norm_eps), turn_BT2h)
     mix_BTNH, kept = attend(q_BTNH * cfg.query_scalar**-0.5, k_BTKH, v_BTKH)
-    out_BTD = linear("BTNH,NHD->BTD", mix_BTNH, layer, "o", lora, scale, product)
+    (out_BTD,) = project(layer, lora, scale, mix_BTNH, "o")
     x_BTD = x_BTD + rms_norm(out_BTD, layer["post_attn_norm"], cfg.norm_eps)
     h_BTD = rms_norm(x_BTD, layer["pre_mlp_norm"], cfg.norm_eps)
-    out_BTD = mlp(h_BTD, layer, lora, scale, product)
+    out_BTD = mlp(h_BTD, layer, lora, scale, project)
     return x_BTD + rms_norm(out_BTD, layer["post_mlp_norm"], cfg.norm_eps), kept

@@ -25,9 +25,9 @@ START_P = np.array([0, 3, 6], np.int32)  # no padding, some, all but one column
 G = 2
 
 
-@pytest.fixture(params=["cpu", "tpu"])
+@pytest.fixture(params=["cpu", "gpu", "tpu"])
 def layout(request, monkeypatch):
-    """Decode with every layer by itself, as on a CPU, or with the stack that others have."""
+    """Decode with every layer by itself, or with the stack that a TPU has."""
     monkeypatch.setattr("gemma_cot.model.kernels.layout.platform", lambda: request.param)
     jax.clear_caches()  # the platform is asked when a function is traced
     yield request.param
@@ -70,7 +70,7 @@ def test_cached_equals_full_forward_at_every_position(
     got = by_cache(params, cfg, tokens_BT, adapter)
     assert got.shape == (6, TAIL + 1, cfg.vocab_size) and got.dtype == np.float32
     held = decode_weights(params, cfg, adapter).layers
-    assert len(held) == {"cpu": cfg.num_layers, "tpu": 1}[layout]
+    assert len(held) == (1 if layout == "tpu" else cfg.num_layers)
     np.testing.assert_allclose(got, full[:, WIDTH - 1 :], **SAME)
 
 
@@ -79,7 +79,7 @@ def test_an_adapter_stays_beside_bfloat16_weights(layout, cfg, params, lora, tok
     for dtype, is_merged in (("float32", True), ("bfloat16", False)):
         cast = jax.tree.map(lambda w, dtype=dtype: w.astype(dtype), params)
         held = jax.eval_shape(partial(decode_weights, cfg=cfg), cast, lora=lora).layers
-        assert {adapter is None for _, adapter in held} == {is_merged}
+        assert {not adapter for _, adapter in held} == {is_merged}
     start_B = np.repeat(START_P, G)
     full, plain = (
         jax.jit(partial(logits, cfg=cfg))(cast, tokens_BT=tokens_BT, start_B=start_B, lora=adapter)

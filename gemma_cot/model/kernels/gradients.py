@@ -143,18 +143,18 @@ def _lora_product_backward(einsum: str, inputs, d_y):
 lora_product.defvjp(_lora_product_forward, _lora_product_backward)
 
 
-def adapted_product(einsum: str, x, w, a, b, scale: float, product) -> jax.Array:
+def adapted_product(einsum: str, x, w, a, b, scale: float) -> jax.Array:
     """Return x·w + scale x·a·b, multiplied out or merged first, whichever is less work.
 
     Merged first only in float32: in bfloat16 the sum of w and a·b would lose what is small beside
-    w. product: how x meets w, `jnp.einsum` or one with weights in an order of its own.
+    w.
     """
     rank = a.shape[-1]
     tokens = x.size // (a.size // rank)
-    is_exact = product is jnp.einsum and x.dtype == w.dtype == jnp.float32
+    is_exact = x.dtype == w.dtype == jnp.float32
     if is_exact and tokens * (a.size + b.size) > rank * w.size:
         return merged_product(einsum, x, w, a, b, scale)
-    return product(einsum, x, w) + scale * lora_product(einsum, x, a, b)
+    return jnp.einsum(einsum, x, w) + scale * lora_product(einsum, x, a, b)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 5))
@@ -196,11 +196,12 @@ def of_logits(logits: jax.Array, target: jax.Array, temperature: float = 1.0) ->
     logits: [..., V], divided as they are exponentiated, not in a pass of their own.
     """
     top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-    total = jnp.exp((logits - top) / temperature).sum(-1)
-    log_z = jnp.log(total) + top[..., 0] / temperature
+    below = (logits - top) / temperature
+    e = jnp.exp(below)
+    total = e.sum(-1)
     chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-    mean = (jax.nn.softmax(logits / temperature, axis=-1) * logits).sum(-1)
-    return chosen / temperature - log_z, log_z - mean / temperature
+    logp = (chosen - top[..., 0]) / temperature - jnp.log(total)
+    return logp, jnp.log(total) - (e * below).sum(-1) / total
 
 
 def logits_of(embed_VD: jax.Array, x: jax.Array, product=jnp.einsum) -> jax.Array:
@@ -226,7 +227,9 @@ def _chosen_once_forward(*primals):
     both = of_logits(logits, target, temperature)
     if primals[0].perturbed:
         return both, (embed_VD, x, target, temperature)
-    d_logits = jax.nn.one_hot(target, len(embed_VD)) - jax.nn.softmax(logits / temperature, axis=-1)
+    top = logits.max(-1, keepdims=True)
+    e = jnp.exp((logits - top) / temperature)
+    d_logits = jax.nn.one_hot(target, len(embed_VD)) - e / e.sum(-1, keepdims=True)
     d_x = jnp.einsum(
         "...V,VD->...D", d_logits.astype(embed_VD.dtype), embed_VD,
         preferred_element_type=jnp.float32,

@@ -1,28 +1,38 @@
-"""How weights and caches lie in memory while decoding: all layers in one stack, or on a CPU each by
-itself; and attention of one new token per row in plain jnp, for either.
+"""How weights and caches lie in memory while decoding: on a TPU all layers in one stack, elsewhere
+each by itself; and attention of one new token per row in plain jnp, for either.
 
-XLA's CPU backend copies a layer out of a stack of layers, and a factor that is in another order,
-every time it is used; when decoding, that costs more than the products.
+On a CPU and on a GPU XLA copies a layer out of a stack of layers every time it is used, on a CPU a
+factor that is in another order too; when decoding, that costs more than the products. And few large
+products cost less there than many small ones.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from gemma_cot.axes import platform
+from gemma_cot.axes import platform, shape_of
 from gemma_cot.config import ModelConfig
 from gemma_cot.model.kernels.gradients import MASKED, lora_axes
 from gemma_cot.model.params import LAYER_TABLE
 
+TOGETHER = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # weights that meet the same x
+
 
 def by_layer(cfg: ModelConfig) -> bool:
-    """Return whether decoding holds every layer by itself: on a CPU, except for kernels."""
-    return platform() == "cpu" and cfg.attention != "pallas"
+    """Return whether decoding holds every layer by itself: not on a TPU, nor for kernels."""
+    return platform() != "tpu" and cfg.attention != "pallas"
+
+
+def few_rows() -> Callable:
+    """Return the einsum of few rows with a weight whose summed axes are last."""
+    return weight_first if platform() == "cpu" else jnp.einsum
 
 
 def weight_first(einsum: str, x: jax.Array, w: jax.Array, **options) -> jax.Array:
-    """Return einsum(x, w) of a weight whose summed axes are last, e.g. "BTD,DNH->BTNH" of w_NHD.
+    """Return einsum(x, w) of a weight whose summed axes are last, e.g. "BI,OI->BO".
 
     For few rows on a CPU, where XLA orders the second factor of a product anew each time: here it
     is x, and the weight is read once, as it lies.
@@ -34,14 +44,52 @@ def weight_first(einsum: str, x: jax.Array, w: jax.Array, **options) -> jax.Arra
     return y_OB.T.reshape(*x.shape[: -len(summed)], *w.shape[: len(kept)])
 
 
-def summed_last(layers: dict) -> dict:
-    """Return stacked layers whose products' weights have the axes summed over last."""
-    layers = dict(layers)
-    for name, leaf in LAYER_TABLE.items():
-        if leaf.fan_in:
-            kept = "".join(letter for letter in leaf.letters if letter not in leaf.fan_in)
-            layers[name] = jnp.einsum(f"{leaf.letters}->{kept}{leaf.fan_in}", layers[name])
-    return layers
+def joined(layers: dict, adapters: dict | None) -> tuple[dict, dict]:
+    """Return stacked layers in which weights that meet the same x are one matrix, "qkv" for three,
+    and of each such matrix that has adapters their b.
+
+    A matrix is [L, O, I], I being what is summed over. Its rows: those of each weight, then of each
+    adapter's a, so that one product gives both; b is block-diagonal, [L, rows of a, O of weights].
+    """
+    layers, b = dict(layers), {}
+    for names in TOGETHER:
+        weights = [rows_of(name, layers.pop(name)) for name in names]
+        sizes = [w.shape[1] for w in weights]
+        pairs = {i: adapters[name] for i, name in enumerate(names) if name in (adapters or {})}
+        weights += [rows_of(names[i], pair["a"]) for i, pair in pairs.items()]
+        layers["".join(names)] = jnp.concatenate(weights, axis=1)
+        if pairs:
+            blocks = [among(pair["b"], sizes[:i], sizes[i + 1 :]) for i, pair in pairs.items()]
+            b["".join(names)] = jnp.concatenate(blocks, axis=1)
+    return layers, b
+
+
+def rows_of(name: str, x: jax.Array) -> jax.Array:
+    """Return a stacked weight, or its adapter's a, as [L, O, I], I being what is summed over."""
+    summed = len(LAYER_TABLE[name].fan_in)
+    return x.reshape(len(x), math.prod(x.shape[1 : 1 + summed]), -1).swapaxes(1, 2)
+
+
+def among(b: jax.Array, before: list[int], behind: list[int]) -> jax.Array:
+    """Return an adapter's stacked b as [L, R, O], zeros for the weights beside its own."""
+    zeros = (0, 0), (0, 0), (sum(before), sum(behind))
+    return jnp.pad(b.reshape(*b.shape[:2], -1), zeros)
+
+
+def all_at_once(cfg: ModelConfig, layer: dict, b: dict, scale: float, x, *names: str) -> tuple:
+    """Return `layers.each_by_itself` of a layer of `joined`, in one product for all names."""
+    kept = [LAYER_TABLE[name].adapter_letters[1].removeprefix("LR") for name in names]
+    shapes = [shape_of(letters, cfg.sizes) for letters in kept]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    w_OI, b_RO = layer["".join(names)], b.get("".join(names))
+    y_BO = few_rows()("BI,OI->BO", x.reshape(-1, w_OI.shape[1]), w_OI)
+    *parts, z_BR = jnp.split(y_BO, ends, axis=1)
+    if b_RO is not None:
+        deltas = jnp.split(scale * (z_BR @ b_RO), ends[:-1], axis=1)
+        parts = [part + delta for part, delta in zip(parts, deltas, strict=True)]
+    return tuple(
+        part.reshape(*x.shape[:2], *shape) for part, shape in zip(parts, shapes, strict=True)
+    )
 
 
 def stored(cfg: ModelConfig, kv_LBSKH: tuple[jax.Array, jax.Array]) -> tuple[tuple, tuple]:

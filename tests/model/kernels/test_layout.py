@@ -6,32 +6,42 @@ import numpy as np
 import pytest
 
 from gemma_cot.model.kernels.layout import (
+    TOGETHER,
+    all_at_once,
+    joined,
     lengthen,
     mix_of,
     scores_of,
     stored,
-    summed_last,
-    weight_first,
     write,
 )
+from gemma_cot.model.layers import PRODUCTS, each_by_itself
 
 B, S, K, R, H, L = 3, 5, 2, 4, 6, 2
-PRODUCTS = {"q": "BTD,DNH->BTNH", "v": "BTD,DKH->BTKH", "o": "BTNH,NHD->BTD", "up": "BTD,DF->BTF",
-            "down": "BTF,FD->BTD"}  # fmt: skip
 
 
 def draw(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_weight_first_is_the_einsum(cfg, params, name):
+@pytest.mark.parametrize("targets", [(), ("q", "v", "down"), PRODUCTS], ids=["none", "some", "all"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("names", TOGETHER, ids="".join)
+def test_one_product_gives_what_each_by_itself_gives(
+    cfg, params, lora, names, platform, targets, monkeypatch
+):
+    """Of layer 1, whether none, some or all of the weights have an adapter."""
+    monkeypatch.setattr("gemma_cot.model.kernels.layout.platform", lambda: platform)
+    adapters = {name: lora.layers[name] for name in targets}
     sizes = cfg.sizes | {"B": 3, "T": 1}
-    x = draw(0, *(sizes[letter] for letter in PRODUCTS[name].split(",")[0]))
-    turned = summed_last(params["layers"])[name][1]
-    got = weight_first(PRODUCTS[name], x, turned)
-    want = jnp.einsum(PRODUCTS[name], x, params["layers"][name][1])
-    np.testing.assert_allclose(got, want, atol=1e-5)  # sums of float32 in another order
+    x = draw(0, *(sizes[letter] for letter in PRODUCTS[names[0]].split(",")[0]))
+    stack = params["layers"], adapters
+    together, alone = (jax.tree.map(lambda x: x[1], tree) for tree in (joined(*stack), stack))
+    got = all_at_once(cfg, *together, lora.scale, x, *names)
+    want = each_by_itself(*alone, lora.scale, x, *names)
+    assert len(got) == len(names)
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)  # sums of float32 in another order
 
 
 def test_a_cache_by_layers_holds_what_a_stack_holds(cfg):
