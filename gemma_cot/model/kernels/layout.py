@@ -83,10 +83,10 @@ def all_at_once(cfg: ModelConfig, layer: dict, b: dict, scale: float, x, *names:
     ends = np.cumsum([math.prod(shape) for shape in shapes])
     w_OI, b_RO = layer["".join(names)], b.get("".join(names))
     y_BO = few_rows()("BI,OI->BO", x.reshape(-1, w_OI.shape[1]), w_OI)
-    *parts, z_BR = jnp.split(y_BO, ends, axis=1)
+    y_BO, z_BR = jnp.split(y_BO, ends[-1:], axis=1)
     if b_RO is not None:
-        deltas = jnp.split(scale * (z_BR @ b_RO), ends[:-1], axis=1)
-        parts = [part + delta for part, delta in zip(parts, deltas, strict=True)]
+        y_BO = y_BO + scale * (z_BR @ b_RO)
+    parts = jnp.split(y_BO, ends[:-1], axis=1)
     return tuple(
         part.reshape(*x.shape[:2], *shape) for part, shape in zip(parts, shapes, strict=True)
     )
