@@ -34,8 +34,8 @@ def short(prompts, completions, **columns):
 
 def start(arguments: list[str], devices: int, **environment: str) -> subprocess.Popen:
     """Start a Python process with so many CPU devices."""
-    flag = f"--xla_force_host_platform_device_count={devices}"
-    fixed = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    fixed = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return subprocess.Popen(
         [sys.executable, *arguments], env=os.environ | fixed | environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
