@@ -47,8 +47,8 @@ def apply_rope(x_BTNH: jax.Array, turn_BT2h: jax.Array) -> jax.Array:
 def linear(einsum: str, x, layer: dict, name: str, lora, scale: float):
     """Return einsum(x, w) plus, when `lora` has `name`, scale * (x·a)·b.
 
-    The only place where an adapter meets a weight. y = W x + (alpha / r) B A x,
-    Hu et al. 2021 (arXiv:2106.09685), section 4.1.
+    The only place where an adapter meets a weight, decoding apart (`kernels.layout.all_at_once`).
+    y = W x + (alpha / r) B A x, Hu et al. 2021 (arXiv:2106.09685), section 4.1.
     """
     if lora is None or name not in lora:
         y = jnp.einsum(einsum, x, layer[name])
@@ -121,7 +121,7 @@ def block(cfg: ModelConfig, x_BTD, layer, lora, scale, turn_BT2h, attend, projec
     """Run one layer: norms before and after both attention and MLP, residuals around each pair.
 
     `attend(q_BTNH, k_BTKH, v_BTKH) -> (mix_BTNH, kept)` decides what is attended to and what is
-    kept of the new keys and values. project: how x meets the weights that all multiply it.
+    kept of the new keys and values. project: how x meets the weights that it is multiplied by.
     Returns (x_BTD, kept).
     """
     h_BTD = rms_norm(x_BTD, layer["pre_attn_norm"], cfg.norm_eps)

@@ -11,22 +11,11 @@ from gemma_cot.axes import shape_of
 from gemma_cot.lora import TARGETS, Lora, init_lora, merge
 from gemma_cot.model.gemma import logits
 from gemma_cot.model.kernels.gradients import lora_axes
-from gemma_cot.model.layers import linear
+from gemma_cot.model.layers import PRODUCTS, linear
 from gemma_cot.model.params import LAYER_TABLE
 
 RANK, ALPHA = 4, 10.0
 BT = {"B": 2, "T": 9}  # 9 > window 5
-# The einsum in which `model.layers.block` uses each weight.
-EINSUMS = {
-    "q": "BTD,DNH->BTNH",
-    "k": "BTD,DKH->BTKH",
-    "v": "BTD,DKH->BTKH",
-    "o": "BTNH,NHD->BTD",
-    "gate": "BTD,DF->BTF",
-    "up": "BTD,DF->BTF",
-    "down": "BTF,FD->BTD",
-}
-
 
 forward = jax.jit(logits, static_argnames="cfg")
 
@@ -66,7 +55,7 @@ def test_letters_of_every_target():
 @pytest.mark.parametrize("target", TARGETS)
 def test_letters_are_those_that_the_forward_pass_contracts(target):
     """The pair that init makes is the pair that `layers.linear` multiplies by."""
-    _, _, _, summed, kept = lora_axes(EINSUMS[target])
+    _, _, _, summed, kept = lora_axes(PRODUCTS[target])
     assert LAYER_TABLE[target].adapter_letters == (f"L{summed}R", f"LR{kept}")
 
 
@@ -96,7 +85,7 @@ def test_a_fresh_pair_changes_no_bit(cfg, params, target):
     pair = init_lora(jax.random.key(0), cfg, RANK, ALPHA).layers[target]
     layer = {target: params["layers"][target][1]}
     lora = {target: {"a": pair["a"][1], "b": pair["b"][1]}}
-    einsum = EINSUMS[target]
+    einsum = PRODUCTS[target]
     x = jax.random.normal(jax.random.key(2), shape_of(einsum.split(",")[0], cfg.sizes | BT))
     base = linear(einsum, x, layer, target, None, 0.0)
     assert jnp.array_equal(linear(einsum, x, layer, target, lora, 2.5), base)

@@ -146,8 +146,7 @@ lora_product.defvjp(_lora_product_forward, _lora_product_backward)
 def adapted_product(einsum: str, x, w, a, b, scale: float) -> jax.Array:
     """Return x·w + scale x·a·b, multiplied out or merged first, whichever is less work.
 
-    Merged first only in float32: in bfloat16 the sum of w and a·b would lose what is small beside
-    w.
+    Merged first only in float32: a sum in bfloat16 would lose what is small beside w.
     """
     rank = a.shape[-1]
     tokens = x.size // (a.size // rank)
@@ -193,7 +192,8 @@ merged_product.defvjp(_merged_product_forward, _merged_product_backward)
 def of_logits(logits: jax.Array, target: jax.Array, temperature: float = 1.0) -> tuple:
     """Return (log p(target), entropy in nats), both [...], of softmax(logits / temperature).
 
-    logits: [..., V], divided as they are exponentiated, not in a pass of their own.
+    With e = exp((logits - top) / temperature), z their sum: entropy = log z - sum e log e / z. In
+    two passes over logits [..., V], for the maximum and for the sums.
     """
     top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     below = (logits - top) / temperature
