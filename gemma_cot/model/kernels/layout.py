@@ -22,8 +22,10 @@ TOGETHER = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # weights that 
 
 
 def by_layer(cfg: ModelConfig) -> bool:
-    """Return whether decoding holds every layer by itself: not on a TPU, nor for kernels."""
-    return platform() != "tpu" and cfg.attention != "pallas"
+    """Return whether decoding holds every layer by itself: not on a TPU, nor for kernels, nor where
+    the compiler cuts weights along `model` (what is joined would be gathered again each token)."""
+    is_cut = jax.sharding.get_abstract_mesh().shape.get("model", 1) > 1
+    return platform() != "tpu" and cfg.attention != "pallas" and not is_cut
 
 
 def few_rows() -> Callable:

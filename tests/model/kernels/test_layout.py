@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_cot.axes import make_mesh
 from gemma_cot.model.kernels.layout import (
     TOGETHER,
     all_at_once,
+    by_layer,
     joined,
     lengthen,
     mix_of,
@@ -42,6 +44,13 @@ def test_one_product_gives_what_each_by_itself_gives(
     assert len(got) == len(names)
     for one, other in zip(got, want, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)  # sums of float32 in another order
+
+
+def test_weights_that_are_cut_over_devices_stay_in_one_stack(cfg):
+    for mesh, expected in (("4x1", True), ("2x2", False)):
+        with jax.set_mesh(make_mesh(mesh)):
+            assert by_layer(cfg) == expected
+    assert by_layer(cfg)  # no mesh
 
 
 def test_a_cache_by_layers_holds_what_a_stack_holds(cfg):
