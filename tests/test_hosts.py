@@ -143,7 +143,7 @@ def told(work):
     try:
         hosts.together(work)
     except ValueError as error:
-        print(error, flush=True)
+        print("told:", error, flush=True)
 
 def fails_within():
     if me == 1:
@@ -153,7 +153,7 @@ def fails_within():
 try:
     told(fails_within)
 except KeyError:
-    print("process 1: 'within'", flush=True)
+    print("told: process 1: 'within'", flush=True)
 cfg = TrainConfig(**PRESETS["tiny"] | dict(output_dir=out))
 uneven = {"mesh": "4x1", "prompts_per_rollout": 6, "mini_batch": 2, "micro_batch": 1}
 for change in ({"seed": me}, {"mesh": "1x4"}, {"mesh": "3x1"}, uneven,
@@ -164,7 +164,7 @@ if me == 1:
 try:
     hosts.gather(lambda: me)
 except Exception as error:
-    print(type(error).__name__, flush=True)
+    print("told:", type(error).__name__, flush=True)
     hosts.leave(7)
 """
 
@@ -173,9 +173,11 @@ def test_what_two_processes_hold_tell_each_other_and_refuse(tmp_path):
     port = str(free_port())
     pair = [start(["-c", PAIR, port, str(i), str(tmp_path / "run")], 2) for i in range(2)]
     first, second = ends(*pair)
-    # Gloo's threads write at the same time: what they say is in one line, or torn in two.
-    lines = [[line for line in told[1].splitlines() if "peer ranks" not in line and line]
-             for told in (first, second)]  # fmt: skip
+    # Gloo's threads tell of their connections at the same time, in lines that may be torn.
+    lines = [
+        [line.removeprefix("told: ") for line in output.splitlines() if line.startswith("told: ")]
+        for _, output, _ in (first, second)
+    ]
     assert second[0] == 9, second[2]
     assert first[0] == 7, first[2]  # its peer had gone: not left waiting
     assert lines[0].pop() == "JaxRuntimeError"
