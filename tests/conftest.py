@@ -50,8 +50,8 @@ TEST_MODEL = ModelConfig(
 
 
 def pytest_configure(config):
-    """Let XLA's older emitters write the plain tests' loops, which compile in half the time. A
-    release, or a libtpu, that does not know the flag would end the process."""
+    """Let XLA's older emitters write the plain tests' loops, which compile faster. A release, or
+    a libtpu, that does not know the flag would end the process."""
     if version("jaxlib").startswith("0.10.") and "not interop" in config.option.markexpr:
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
