@@ -64,7 +64,7 @@ def test_an_alarm_is_told_once_where_it_begins(changes, step, words):
 
 
 def test_more_format_and_fewer_answers():
-    changes = dict(reward_format=(41, 0.95), reward_outcome=(41, 0.1))
+    changes = dict(reward_format=(41, 0.95), reward_outcome=(41, 0.08))
     rows = run(40, reward_format=(1, 0.5)) + run(120, **changes)[40:]
     (step, line), = told(rows)
     # 0.5 -> 0.95 is beyond 0.1 after 5 steps, 0.4 -> 0.1 after 7
