@@ -155,19 +155,22 @@ def test_kills_lose_no_answer_and_pay_for_none_twice(make, tmp_path):
     assert counts["complete_answers"] == counts["answers_in_journal"]
 
 
-def listen_to_ctrl_c() -> None:
-    """A shell starts what it runs in the background with SIGINT ignored, these tests perhaps."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+@pytest.fixture
+def ctrl_c_is_heard():
+    """A shell starts what it runs in the background with SIGINT ignored, these tests perhaps, and
+    a child of theirs would ignore it too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_waits_for_what_is_in_flight(make, tmp_path):
+def test_ctrl_c_waits_for_what_is_in_flight(make, tmp_path, ctrl_c_is_heard):
     scripted = problems(18, 60)
     with TeacherServer(scripted, latency=0.4) as server:
         make(scripted, server.url)
         process = subprocess.Popen(
-            command(tmp_path, server.url), stdout=subprocess.PIPE, text=True,
-            preexec_fn=listen_to_ctrl_c,
-        )  # fmt: skip
+            command(tmp_path, server.url), stdout=subprocess.PIPE, text=True
+        )
         while not server.delivered and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
