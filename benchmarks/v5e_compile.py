@@ -16,13 +16,11 @@ import json
 import os
 import sys
 
-import jax
-
 from gemma_cot import config
 from gemma_cot.axes import make_mesh
 from gemma_cot.config import PRESETS, TrainConfig
 from gemma_cot.plan.accounts import collectives, owners
-from gemma_cot.plan.chips import devices_of
+from gemma_cot.plan.chips import compiler_of, devices_of
 from gemma_cot.plan.clock import phases_of
 from gemma_cot.plan.cost import bound
 from gemma_cot.plan.programs import FUNCTIONS, Setup, call_of, compile_call
@@ -78,7 +76,7 @@ def measure(case: str, name: str, topology: str = "v5e:2x4") -> dict:
         "compile_seconds": round(program.seconds, 1),
         "load": round(os.getloadavg()[0], 1),
         "cpus": len(os.sched_getaffinity(0)),
-        "jax": jax.__version__,
+        "compiler": compiler_of(devices[0]),
     }
 
 

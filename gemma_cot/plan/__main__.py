@@ -20,7 +20,7 @@ from gemma_cot.data import read_jsonl
 from gemma_cot.model.load import read_json
 from gemma_cot.model.params import num_params
 from gemma_cot.plan.accounts import OWNERS, collectives, owners
-from gemma_cot.plan.chips import GIB, Chip, devices_of
+from gemma_cot.plan.chips import GIB, Chip, compiler_of, devices_of
 from gemma_cot.plan.clock import bounds, iteration, iterations_in_session, measure, phases_of
 from gemma_cot.plan.fit import beside, largest_rollout, needs, refusal
 from gemma_cot.plan.programs import FUNCTIONS, Setup, call_of, compile_call
@@ -143,6 +143,7 @@ def make_plan(
         "hbm_gb_moved_per_chip": {n: sum(c.hbm for c in of) / 1e9 for n, of in cost.items()},
         "mesh": f"{setup.mesh.shape['data']}x{setup.mesh.shape['model']}",
         "topology": values.topology,
+        "compiler": compiler_of(setup.mesh.devices.flat[0]),
         "dtype": setup.dtype,
         "largest_prompts_per_rollout": largest,
         "bound_seconds": None, "limiter": None, "iterations_in_session": None,
@@ -204,6 +205,7 @@ def text_of(setup: Setup, plan: dict) -> str:
     lines = [
         f"{num_params(setup.model_cfg):,} parameters in {setup.dtype}, LoRA rank {cfg.lora_rank}; "
         f"{devices.size} x {devices.flat[0].device_kind} ({plan['topology']}), mesh {plan['mesh']}",
+        f"compiled by {plan['compiler']}; by another release memory may be another",
         f"rollout {cfg.prompts_per_rollout} prompts x {cfg.num_generations} of {setup.width} + "
         f"{cfg.max_completion_tokens} tokens; an update {cfg.mini_batch} prompts x "
         f"{cfg.num_generations} rows, micro-batches of {cfg.micro_batch} a data device: "

@@ -7,6 +7,7 @@ machine; what it needs to be told is set here, before it is loaded.
 import importlib.util
 import os
 from dataclasses import dataclass
+from importlib import metadata
 
 import jax
 from jax.experimental import topologies
@@ -57,6 +58,13 @@ def devices_of(topology: str) -> tuple[list, Chip | None]:
     return devices, chip
 
 
+def compiler_of(device) -> str:
+    """Return what compiles for a device, such as "jax 0.10.2, libtpu 0.0.52": releases of libtpu
+    lay out the same program in different amounts of memory."""
+    names = metadata.packages_distributions().get("libtpu", []) if device.platform == "tpu" else []
+    return ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", *names))
+
+
 def tpu_devices(topology: str) -> list:
     """Return the abstract devices of a TPU topology, row by row."""
     if importlib.util.find_spec("libtpu") is None:
@@ -67,6 +75,8 @@ def tpu_devices(topology: str) -> list:
     for name, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")  # a TPU that is there is not needed, nor occupied
+    # What is compiled without its devices cannot be read back from a cache: JAX warns of each.
+    jax.config.update("jax_enable_compilation_cache", False)
     try:
         description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except jax.errors.JaxRuntimeError as error:

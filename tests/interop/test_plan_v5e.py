@@ -7,8 +7,10 @@ import dataclasses
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
+import jax
 import pytest
 
 from gemma_cot.config import GEMMA3_1B
@@ -33,7 +35,7 @@ def compile_case(case: str, function: str) -> dict:
 
 def test_an_update_of_gemma3_1b_with_4_x_768_tokens_a_chip():
     found = compile_case("1b 4 x 768 a chip", "update")
-    assert found["mesh"] == "8x1" and found["hbm_gib"] <= 2.6
+    assert found["mesh"] == "8x1" and found["hbm_gib"] <= 2.6, found["compiler"]
     assert found["hbm_gib_by_owner"]["weights"] == 1.862  # 999,885,952 in bfloat16, and once
     # the gradient with all summed metrics; the largest of the metrics that are maxima
     assert found["collectives"] == {"all-reduce": [2, 0]}
@@ -41,7 +43,7 @@ def test_an_update_of_gemma3_1b_with_4_x_768_tokens_a_chip():
 
 def test_a_rollout_of_gemma3_1b_with_64_rows_a_chip():
     found = compile_case("1b 64 rows a chip", "decode")
-    assert found["hbm_gib"] < 3.5 and found["limiter"] == "HBM"
+    assert found["hbm_gib"] < 3.5 and found["limiter"] == "HBM", found["compiler"]
     assert found["collectives"] == {}, "no collective in the decode loop, nor anywhere"
 
 
@@ -65,6 +67,7 @@ def test_a_plan_that_does_not_fit_is_refused_with_what_to_change(tmp_path):
         assert set(found[key]) == set(FUNCTIONS)
     assert set(found["bound_seconds"]) == {*FUNCTIONS, "iteration"}
     assert found["mesh"] == "4x1", "auto: pure data parallel"
+    assert found["compiler"] == f"jax {jax.__version__}, libtpu {metadata.version('libtpu')}"
     assert not any(found["collectives_in_loops"].values())
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import jax
 import pytest
 from absl import flags
 
@@ -44,6 +45,7 @@ def test_a_plan_for_this_machine_as_json_and_measured(parse, capsys):
     # a CPU has no peak figures that are known here
     assert plan["bound_seconds"] is None and plan["iterations_in_session"] is None
     assert plan["mesh"] == "4x1" and plan["dtype"] == "float32"
+    assert plan["compiler"] == f"jax {jax.__version__}", "libtpu compiles nothing for a CPU"
 
 
 @pytest.mark.parametrize(
