@@ -166,7 +166,7 @@ def test_what_the_page_of_sft_claims():
     answers = [[f"{100 * start[when]['answer_accuracy']:.1f} %" for when in ("before", "after")]
                for start in (few, many)]  # fmt: skip
     assert f"took answers from {answers[1][0]} to {answers[1][1]}" in words
-    assert f"in 30 steps: {answers[0][0]} to {answers[0][1]}, within chance" in words
+    assert f"in 30 steps: {answers[0][0]} to {answers[0][1]}, a loss, though the intervals" in words
     assert answers[0][0] == answers[1][0]
     assert few["before"]["full_format_accuracy"] == many["before"]["full_format_accuracy"]
     name = "answer_accuracy_interval"

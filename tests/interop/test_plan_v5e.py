@@ -5,6 +5,7 @@ In processes of their own: conftest switches XLA's optimisations off, and memory
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -51,12 +52,16 @@ def test_a_plan_that_does_not_fit_is_refused_with_what_to_change(tmp_path):
     """Two layers of Gemma 3 1B and 16,384 prompts: the caches alone are larger than four chips."""
     shape = dataclasses.replace(GEMMA3_1B, num_layers=2, global_layers=(False, True))
     write_json(tmp_path / "config.json", shape.to_hf())
+    cache = tmp_path / "cache"
+    kept = {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+    kept["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     done = subprocess.run(
         [sys.executable, "-m", "gemma_cot.plan", "--preset=gemma3_1b_v5e8", f"--model={tmp_path}",
          "--topology=v5e:2x2", "--prompts_per_rollout=16384", "--eval_rows=4", "--nolargest",
          "--json"],
-        capture_output=True, text=True,
+        capture_output=True, text=True, env=os.environ | kept,
     )  # fmt: skip
+    assert not list(cache.glob("*")), "could not be read back: the next plan would warn of each"
     assert done.returncode == 2
     found = json.loads(done.stdout)
     assert not found["fits"] and found["hbm_gib_per_chip"]["decode"] > found["hbm_gib_limit"]

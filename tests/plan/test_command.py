@@ -2,14 +2,17 @@
 
 import json
 import sys
+from importlib import metadata
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from absl import flags
 
 from gemma_cot.model.load import write_json
 from gemma_cot.plan.__main__ import define_plan_flags, main, set_up
-from gemma_cot.plan.chips import tpu_devices
+from gemma_cot.plan.chips import compiler_of, tpu_devices
 from gemma_cot.plan.programs import FUNCTIONS
 
 SMALL = (
@@ -45,7 +48,7 @@ def test_a_plan_for_this_machine_as_json_and_measured(parse, capsys):
     # a CPU has no peak figures that are known here
     assert plan["bound_seconds"] is None and plan["iterations_in_session"] is None
     assert plan["mesh"] == "4x1" and plan["dtype"] == "float32"
-    assert plan["compiler"] == f"jax {jax.__version__}", "libtpu compiles nothing for a CPU"
+    assert plan["compiler"] == f"jax {jax.__version__}"
 
 
 @pytest.mark.parametrize(
@@ -74,6 +77,14 @@ def test_shapes_by_name_and_by_preset():
     setup, chip, memory = set_up(values)
     assert setup.model_cfg.embed_dim == 1152 and setup.cfg.remat == "all" and chip is None
     assert memory == float("inf") and setup.eval_rows == 1000
+
+
+def test_what_compiles_is_named(monkeypatch):
+    """libtpu where it compiles, under the name it was installed by, such as libtpu-nightly."""
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: {"libtpu": ["numpy"]})
+    cpu, tpu = (compiler_of(SimpleNamespace(platform=platform)) for platform in ("cpu", "tpu"))
+    assert cpu == f"jax {jax.__version__}"
+    assert tpu == f"jax {jax.__version__}, numpy {np.__version__}"
 
 
 def test_without_libtpu_the_extra_is_named(monkeypatch):
