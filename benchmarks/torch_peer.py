@@ -25,6 +25,7 @@ dtype = getattr(torch, flags.dtype)
 tokens_BT = shapes.tokens(flags)
 ids = torch.from_numpy(tokens_BT.astype(np.int64)).to(device)
 torch.manual_seed(0)
+torch.set_default_device(device)  # where random weights are drawn
 model = Gemma3ForCausalLM(
     Gemma3TextConfig(
         vocab_size=V, hidden_size=size["embed_dim"], intermediate_size=size["mlp_dim"],
@@ -33,11 +34,19 @@ model = Gemma3ForCausalLM(
         query_pre_attn_scalar=size["head_dim"], sliding_window=shapes.WINDOW,
         max_position_embeddings=4096, pad_token_id=0, bos_token_id=2, eos_token_id=1,
     )
-).eval().to(device, dtype)  # fmt: skip
+).eval().to(dtype)  # fmt: skip
+torch.set_default_device("cpu")
 lora = LoraConfig(
     r=shapes.RANK, lora_alpha=shapes.RANK // 2, task_type="CAUSAL_LM",
     target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 )  # fmt: skip
+
+
+def forget_peak() -> None:
+    """Let the peak of this process's memory, and of a GPU's, begin anew."""
+    shapes.forget_peak()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
 
 
 def seconds(work) -> dict:
@@ -48,6 +57,7 @@ def seconds(work) -> dict:
         if device == "cuda":
             torch.cuda.synchronize()
 
+    forget_peak()
     return shapes.seconds(done, flags.repeats)
 
 
@@ -151,7 +161,7 @@ def iteration() -> dict:
             model=model, reward_funcs=[reward], processing_class=tokenizer, peft_config=lora,
             train_dataset=Dataset.from_dict({"prompt": prompts}), args=config, callbacks=[Clock()],
         )  # fmt: skip
-        shapes.forget_peak()
+        forget_peak()
         trainer.train()
     times = [end - begin for begin, end in zip(stamps[::2], stamps[1::2], strict=True)]
     return shapes.spread(times[1:]) | {"first_call_s": times[0]}
