@@ -144,7 +144,7 @@ def shared_attention(q_BNH, prompt_k, prompt_v, tail_k, tail_v, masks):
     """Return attention of one query per row over its prompt's cache and its own tail, `mix_BNH`.
 
     One softmax over both parts; the prompt's keys are read once for all G rows of the prompt (here
-    R counts its G * Q queries).
+    R counts its G * Q queries, *_prompt are [P, K, R, S], *_tail [B, K, Q, S]).
     """
     prompt_PS, tail_PS = masks
     (B, N, H), P = q_BNH.shape, len(prompt_PS)
@@ -161,10 +161,14 @@ def shared_attention(q_BNH, prompt_k, prompt_v, tail_k, tail_v, masks):
     seen_PKRS, seen_BKQS = prompt_PS[:, None, None], jnp.repeat(tail_PS, G, axis=0)[:, None, None]
     on_prompt = jnp.where(seen_PKRS, scores_of(of_prompts(q_BKQH), prompt_k), MASKED)
     on_tail = jnp.where(seen_BKQS, scores_of(q_BKQH, tail_k), MASKED)
-    # The softmax of both parts side by side, which are never put side by side.
-    top_BKQ1 = jnp.maximum(of_rows(on_prompt.max(-1)), on_tail.max(-1, keepdims=True))
-    e_PKRS, e_BKQS = jnp.exp(on_prompt - of_prompts(top_BKQ1)), jnp.exp(on_tail - top_BKQ1)
-    total_BKQ1 = of_rows(e_PKRS.sum(-1)) + e_BKQS.sum(-1, keepdims=True)
-    w_PKRS = (e_PKRS / of_prompts(total_BKQ1)).astype(q_BNH.dtype)
-    w_BKQS = (e_BKQS / total_BKQ1).astype(q_BNH.dtype)
-    return (of_rows(mix_of(w_PKRS, prompt_v)) + mix_of(w_BKQS, tail_v)).reshape(B, N, H)
+    if platform() == "gpu":  # one softmax, which is one kernel there
+        w_BKQS = jax.nn.softmax(jnp.concatenate([of_rows(on_prompt), on_tail], axis=-1), axis=-1)
+        w_prompt, w_tail = jnp.split(w_BKQS.astype(q_BNH.dtype), on_prompt.shape[-1:], axis=-1)
+        w_prompt = of_prompts(w_prompt)
+    else:  # the softmax of both parts side by side, which are never put side by side
+        top_BKQ1 = jnp.maximum(of_rows(on_prompt.max(-1)), on_tail.max(-1, keepdims=True))
+        e_prompt, e_tail = jnp.exp(on_prompt - of_prompts(top_BKQ1)), jnp.exp(on_tail - top_BKQ1)
+        total_BKQ1 = of_rows(e_prompt.sum(-1)) + e_tail.sum(-1, keepdims=True)
+        w_prompt = (e_prompt / of_prompts(total_BKQ1)).astype(q_BNH.dtype)
+        w_tail = (e_tail / total_BKQ1).astype(q_BNH.dtype)
+    return (of_rows(mix_of(w_prompt, prompt_v)) + mix_of(w_tail, tail_v)).reshape(B, N, H)
