@@ -30,7 +30,7 @@ def run(main: Callable[[], None]) -> None:
     app.run(lambda argv: _crashing(main, argv), flags_parser=_parse)
 
 
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -21,8 +21,9 @@ from gemma_cot import cli
 from gemma_cot.config import ModelConfig, embedded
 from gemma_cot.guard.lint import lines, lint_reward
 from gemma_cot.guard.user import load_reward
+from gemma_cot.hf_config import read_json
 from gemma_cot.model.gemma import logits
-from gemma_cot.model.load import load_pretrained, read_json
+from gemma_cot.model.load import load_pretrained
 from gemma_cot.model.logprob import token_logprobs
 from gemma_cot.model.params import Params, num_params
 from gemma_cot.model.sample import Samples, sample

@@ -25,6 +25,7 @@ from gemma_cot.grpo.reward import (
     process_reward,
     repeated_share,
     split_blocks,
+    visible_checkpoints,
 )
 from gemma_cot.grpo.rollout import (
     completion_ids,
@@ -128,7 +129,7 @@ def score_rows(
     samples = []
     for i, text in enumerate(texts):
         reasoning = split_blocks(text)[0] or ""
-        checkpoints = columns["metadata"][i]["checkpoints"]
+        checkpoints = visible_checkpoints(columns["metadata"][i])
         samples.append(
             {
                 "completion": text,
@@ -148,7 +149,7 @@ def score_rows(
         example, own = row.example, samples[p * k : p * k + k]
         head = {"id": example.id, "domain": example.domain, "prompt": example.prompt}
         scores = own[0] if k == 1 else fold_samples(own, example.domain)
-        distinct = len(set(example.metadata["checkpoints"]))
+        distinct = len(set(visible_checkpoints(example.metadata)))
         results.append(head | scores | {"checkpoints": distinct})
     return results
 

@@ -1,4 +1,7 @@
-"""Between `ModelConfig` and the `config.json` of Hugging Face, both ways. Knows dicts only."""
+"""Between `ModelConfig` and the `config.json` of Hugging Face, both ways: files of JSON, dicts."""
+
+import json
+from pathlib import Path
 
 # What transformers assumes for a key that a Gemma 3 config.json leaves out.
 _HF_DEFAULTS = {
@@ -16,13 +19,29 @@ _HF_DEFAULTS = {
 }
 
 
+def read_json(path: Path) -> dict:
+    """Read a JSON object; raises ValueError naming the file when it is missing or malformed."""
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: file must exist, got nothing there; point --model at a Hugging Face "
+            "model folder (config.json, *.safetensors, tokenizer.model)"
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: must be JSON, got {error}; download it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}; repair it")
+    return value
+
+
 def read_fields(hf: dict) -> dict:
     """Return the fields of a `ModelConfig` from a `config.json` (old or new style, text-only or
     multimodal).
 
     Raises ValueError for another architecture or for options Gemma 3 text does not have.
     """
-    text = hf.get("text_config", hf)
+    text = hf.get("text_config") or hf
     kind = text.get("model_type", hf.get("model_type"))
     if kind not in ("gemma3", "gemma3_text"):
         raise ValueError(

@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 from gemma_cot import hosts
 from gemma_cot.axes import auto_mesh, check_mesh, check_processes, make_mesh, replicated
 from gemma_cot.config import ModelConfig, TrainConfig, embedded
+from gemma_cot.hf_config import read_json
 from gemma_cot.lora import Lora, load_peft
-from gemma_cot.model.load import load_pretrained, read_json, write_json
+from gemma_cot.model.load import load_pretrained, write_json
 from gemma_cot.model.params import Params, num_params
 from gemma_cot.tokenizer import Tokenizer, load_tokenizer
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from gemma_cot import checkpoint, hosts
 from gemma_cot.config import TrainConfig
 from gemma_cot.grpo.step import make_logprobs
-from gemma_cot.model.load import read_json
+from gemma_cot.hf_config import read_json
 from gemma_cot.resume import FILE
 from gemma_cot.run import Run, prepare, read_config, saved_adapter
 from gemma_cot.traces import trace_of

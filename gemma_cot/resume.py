@@ -15,10 +15,15 @@ import jax
 
 from gemma_cot import checkpoint
 from gemma_cot.config import TrainConfig, embedded
-from gemma_cot.model.load import read_json, weight_files
+from gemma_cot.hf_config import read_json
+from gemma_cot.model.load import weight_files
 from gemma_cot.policy import resolve_dtype
 
 FILE = "fingerprint.json"
+OUTPUTS = ("config.json", "metrics.jsonl", "summary.json", "rejects.txt", "reward_errors.jsonl",
+           "curves.svg", "bad", "eval",
+           "checkpoints", "adapter", "merged", "tensorboard", "traces", "profile", "wandb",
+           "environment.json", "report.html", FILE)  # fmt: skip
 # Settings that a resumed run may be given anew: they change no number of the run beyond rounding.
 # Model and data are hashed below, wherever they lie.
 FREE_ON_RESUME = {"output_dir", "resume", "overwrite", "allow_changes", "session", "mesh",
@@ -77,10 +82,11 @@ def check_folder(cfg: TrainConfig, prints: dict) -> dict:
     Raises ValueError when --output_dir holds another run, or none where one is to be resumed, or
     one that began with other flags or another fingerprint than `prints`.
     """
-    config = Path(cfg.output_dir) / "config.json"
-    holds_run = config.exists()
+    out = Path(cfg.output_dir)
+    config = out / "config.json"
+    holds_run = (out / FILE).is_file() or (config.is_file() and "lora_rank" in read_json(config))
     if cfg.resume:
-        if not holds_run:
+        if not config.exists():
             raise ValueError(
                 f"--resume: {cfg.output_dir} must hold a run, got no config.json there; "
                 "correct --output_dir or drop --resume"
@@ -92,8 +98,14 @@ def check_folder(cfg: TrainConfig, prints: dict) -> dict:
             f"--output_dir: {cfg.output_dir} must not hold a run, got one; add --resume to go on "
             "with it, --overwrite to delete it, or choose another folder"
         )
-    if Path(cfg.output_dir).exists() and not Path(cfg.output_dir).is_dir():
+    if out.exists() and not out.is_dir():
         raise ValueError(f"--output_dir: {cfg.output_dir} must be a folder, got a file; choose one")
+    others = [name for name in OUTPUTS if (out / name).exists()]
+    if others and not holds_run:
+        raise ValueError(
+            f"--output_dir: {cfg.output_dir} must hold a run or none of its files, got "
+            f"{', '.join(others)} of something else; choose another folder"
+        )
     return {}
 
 

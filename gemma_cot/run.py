@@ -33,23 +33,20 @@ from gemma_cot.grpo.reward import (
 from gemma_cot.grpo.rollout import Rollout, score_samples
 from gemma_cot.guard import canaries, sandbox, symbolic
 from gemma_cot.guard.user import checked, load_reward
+from gemma_cot.hf_config import read_json
 from gemma_cot.lora import Lora, init_lora
 from gemma_cot.metrics import truncate_after
-from gemma_cot.model.load import load_pretrained, read_json
+from gemma_cot.model.load import load_pretrained
 from gemma_cot.model.params import Params
 from gemma_cot.optim import TrainState
 from gemma_cot.policy import mesh_for, resolve_dtype
 from gemma_cot.results import open_results, read_protocol, write_whole
-from gemma_cot.resume import FILE, as_json, check_folder, fingerprint
+from gemma_cot.resume import FILE, OUTPUTS, as_json, check_folder, fingerprint
 from gemma_cot.session import Interrupted, Session
 from gemma_cot.settings import check_batches, cut_batches
 from gemma_cot.tokenizer import Tokenizer, load_tokenizer
 
 STAGES = ("sft", "grpo")
-OUTPUTS = ("config.json", "metrics.jsonl", "summary.json", "rejects.txt", "reward_errors.jsonl",
-           "curves.svg", "bad", "eval",
-           "checkpoints", "adapter", "merged", "tensorboard", "traces", "profile", "wandb",
-           "environment.json", "report.html", FILE)  # fmt: skip
 MARGIN = 15.0  # seconds kept back at the end of a session for what is not measured
 
 

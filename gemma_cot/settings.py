@@ -120,6 +120,10 @@ def check_config(cfg: TrainConfig) -> None:
     for name in _ABOVE_ZERO:
         if not getattr(cfg, name) > 0:
             raise refuse(name, "must be above 0", f"raise --{name}")
+    if cfg.seed >= 2**32:
+        raise refuse("seed", "must be below 2**32, from where on keys repeat", "lower it")
+    if not cfg.output_dir:
+        raise refuse("output_dir", "must name a folder", "set --output_dir=runs/default")
     for name in _BELOW_ONE:
         if not 0 <= getattr(cfg, name) < 1:
             raise refuse(name, "must be at least 0 and below 1", f"set --{name}=0.9")

@@ -5,12 +5,13 @@ and export all go through it. Exactly one <bos>, no system role: system text goe
 user turn. Knows no dataset.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
+
+from gemma_cot.hf_config import read_json
 
 PAD, EOS, BOS = 0, 1, 2
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
@@ -94,7 +95,7 @@ def _stop_ids(model_dir: Path, end_of_turn: int, size: int) -> tuple[int, ...]:
     stops = {EOS, end_of_turn}
     path = model_dir / "generation_config.json"
     if path.is_file():
-        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        listed = read_json(path).get("eos_token_id")
         stops |= set(listed if isinstance(listed, list) else [] if listed is None else [listed])
     bad = [stop for stop in stops if not (isinstance(stop, int) and 0 <= stop < size)]
     if bad:
@@ -111,8 +112,9 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """Return the text of `ids`; turn tokens are kept as text, <pad>, <eos> and <bos> vanish."""
-    return tokenizer.processor.decode([int(i) for i in ids])
+    """Return the text of `ids`; turn tokens are kept as text, <pad>, <eos> and <bos> vanish, and so
+    do ids that have no piece: from 4B on the embedding has more rows than the vocabulary pieces."""
+    return tokenizer.processor.decode([i for i in map(int, ids) if i < tokenizer.vocab_size])
 
 
 def render_turns(user: str, system: str = "", earlier: Sequence[tuple[str, str]] = ()) -> str:

@@ -114,7 +114,8 @@ def _derived(flat: dict[str, np.ndarray], cfg: TrainConfig) -> dict[str, jax.Arr
 
 
 def _pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    return [tokenizer.processor.id_to_piece(i) for i in ids]
+    piece = tokenizer.processor.id_to_piece
+    return [piece(i) if i < tokenizer.vocab_size else "" for i in ids]
 
 
 def _completion(update: dict[str, np.ndarray], tokenizer: Tokenizer) -> dict:

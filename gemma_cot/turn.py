@@ -78,7 +78,7 @@ def next_batches(run: Run, roll, step: int, reserve: Reserve | None):
     if cfg.dynamic_sampling:
         updates, *rest = fill_batches(reserve, roll, run.out_of_time, cfg, run.mesh)
     else:
-        batches, rollout = roll(step // updates_of(cfg))
+        batches, rollout = roll(-(-step // updates_of(cfg)))  # what one cut short has left is lost
         batches = add_advantages(batches, rollout.reward_PG, rollout.valid_PG, cfg, run.mesh)
         updates = list(zip(batches, cut(origins(rollout), cfg.mini_batch), strict=True))
         rest = [rollout], {}, reserve

@@ -210,11 +210,13 @@ for _canonical, _words in _SPELLINGS.items():
 _NOT_UNITS = set(
     "or and to not no nor is are was be if than of but minus plus by about approximately around "
     "roughly nearly almost maybe perhaps possibly probably likely hopefully unsure either versus "
-    "vs unless except instead until negative below wait think guess actually because since "
-    "hundred thousand million billion trillion dozen mn bn half halves third thirds fourth fourths "
-    "fifth fifths eighth eighths tenth tenths hundredth hundredths thousandth thousandths "
-    "zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty "
-    "sixty seventy eighty ninety twice pi sin cos tan log ln sqrt mod infinity".split()
+    "vs unless except instead until negative below wait think guess actually because since hundred "
+    "thousand million billion trillion dozen mn bn half halves third thirds fourth fourths fifth "
+    "fifths eighth eighths tenth tenths hundredth hundredths thousandth thousandths zero one two "
+    "three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty "
+    "seventy eighty ninety twice pi sin cos tan log ln sqrt mod infinity thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen hundreds thousands millions billions trillions dozens "
+    "lakh crore squared cubed factorial modulo exp wrong sorry".split()
 )
 _UNIT_REWRITES = tuple((re.compile(pattern, re.IGNORECASE), unit) for pattern, unit in (
     (r"\^ ?\{? ?\\circ ?\}?|\\degree|º", "°"),
@@ -222,11 +224,8 @@ _UNIT_REWRITES = tuple((re.compile(pattern, re.IGNORECASE), unit) for pattern, u
     (r"(?:°|\bdegrees?) ?f(?:ahrenheit)?\b", "°F"),
     (r"\b(?:square|sq\.?) (\w+)", r"\1^2"),
     (r"\b(?:cubic|cu\.?) (\w+)", r"\1^3"),
-    (r" squared\b|²", "^2"),
-    (r" cubed\b|³", "^3"),
-    (r"\bper\b", "/"),
-    (r"\bmph\b", "mi/h"),
-    (r"\b(?:kph|kmh)\b", "km/h"),
+    (r" squared\b|²", "^2"), (r" cubed\b|³", "^3"),
+    (r"\bper\b", "/"), (r"\bmph\b", "mi/h"), (r"\b(?:kph|kmh)\b", "km/h"),
 ))
 _UNIT_TOKEN = re.compile(r"(/?) ?([^ /^.]+)\.?(?: ?\^\{?(-?[1-4])\}?)? ?|.")
 
@@ -313,7 +312,8 @@ _CHOICE = re.compile(
 # A second label, a leading "or", a second line, a bare letter alone or after a connecting word.
 _OTHER_CHOICE = re.compile(
     r"(?:^|[\s,;/(])[A-Ea-e][).:](?:\s|$)|\([A-Ea-e]\)|^(?i:or|and)\b|\n"
-    r"|(?:^|\b(?i:or|and|not|no|nor|but|maybe|then|to)\s+|[,;/&|.]\s*)\(?[A-E]$"
+    r"|(?:^|\b(?i:or|and|not|no|nor|but|maybe|then|to|is|be|think|answer|option|choice|vs)\.?\s+"
+    r"|[,;/&|.:=→(]\s*)\(?[A-E][).!?]*$"
 )
 
 

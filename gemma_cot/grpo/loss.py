@@ -197,8 +197,9 @@ def grpo_loss(
     loss = sum_bt w_bt (-objective_bt + beta kl_bt), the objective one of OBJECTIVES; GRPO's is
     min(rho A, clip(rho, 1 - epsilon_low, 1 + epsilon_high) A), rho = pi / pi_old.
     logp_old_BT: None means pi_old = pi as it is now (on-policy), so that rho is 1 and only its
-    gradient counts. logp_ref_BT may be None when beta is 0. Metrics: kl (k3) and clip_share as sums
-    over tokens, ratio_max. Raises ValueError when beta has no reference, for another objective.
+    gradient counts. logp_ref_BT may be None when beta is 0. Metrics: clip_share and, with a
+    reference, kl (k3) as sums over tokens; ratio_max. Raises ValueError when beta has no reference,
+    for another objective.
     """
     if beta and logp_ref_BT is None:
         raise ValueError(f"beta: {beta} needs logp_ref_BT, got None; pass it or set beta to 0")
@@ -214,16 +215,14 @@ def grpo_loss(
         epsilon_low, epsilon_high,
     )  # fmt: skip
     per_token_BT = -objective_BT
-    kl_sum = jnp.float32(0.0)
+    metrics = {
+        "clip_share": (in_loss_BT & clipped_BT).sum().astype(jnp.float32),
+        "ratio_max": ratio_BT.max(),
+    }
     if logp_ref_BT is not None:
         d_BT = jnp.clip(logp_ref_BT - logp_BT, -MAX_LOG_REFERENCE_RATIO, MAX_LOG_REFERENCE_RATIO)
         d_BT = jnp.where(in_loss_BT, d_BT, 0.0)
         token_ratio_BT = jnp.exp(log_ratio_BT)
         per_token_BT = per_token_BT + beta * kl_per_token(d_BT, token_ratio_BT, kl)
-        kl_sum = kl_per_token(d_BT, token_ratio_BT, "k3").sum()
-    metrics = {
-        "kl": kl_sum,
-        "clip_share": (in_loss_BT & clipped_BT).sum().astype(jnp.float32),
-        "ratio_max": ratio_BT.max(),
-    }
+        metrics["kl"] = kl_per_token(d_BT, token_ratio_BT, "k3").sum()
     return (weight_BT * per_token_BT).sum(), jax.lax.stop_gradient(metrics)

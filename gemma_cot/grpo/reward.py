@@ -109,7 +109,7 @@ def _metadata(metadata: object, metadata_json: object, row: int) -> Mapping:
     return value if isinstance(value, Mapping) else {}
 
 
-def _checkpoints(metadata: Mapping) -> list[str]:
+def visible_checkpoints(metadata: Mapping) -> list[str]:
     """Return the non-blank strings in `metadata["checkpoints"]`, [] if that is not a list."""
     values = metadata.get("checkpoints")
     if not isinstance(values, (list, tuple)):
@@ -233,7 +233,7 @@ def process_reward(
     scores: list[float | None] = []
     for row, completion in enumerate(completions):
         reasoning, _ = split_blocks(completion_text(completion))
-        checkpoints = _checkpoints(_metadata(metadata, metadata_json, row))
+        checkpoints = visible_checkpoints(_metadata(metadata, metadata_json, row))
         hits, distinct = checkpoint_hits(reasoning or "", checkpoints, matcher)
         share = min(hits, CHECKPOINTS_FOR_FULL_SCORE) / CHECKPOINTS_FOR_FULL_SCORE
         scores.append(share if distinct else None)

@@ -22,6 +22,9 @@ from gemma_cot.model.params import Params
 from gemma_cot.model.sample import Samples, sample
 from gemma_cot.tokenizer import Tokenizer, decode
 
+OTHER_PARAMETERS = {"prompts", "completions", "matcher", "matches", "limit", "limits", "cache",
+                    "allow_code_execution"}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -100,10 +103,10 @@ def completion_ids(tokens_BT: np.ndarray, mask_BT: np.ndarray) -> list[list[int]
 def reward_columns(rows: list[Encoded], repeats: int) -> tuple[list[str], dict[str, list]]:
     """Return (prompts, dataset columns), every row `repeats` times: what reward functions see.
 
-    Columns: domain, metadata, and every further key of the rows (None where a row lacks it).
+    Columns: domain, metadata, further keys (None where a row lacks one) except OTHER_PARAMETERS.
     """
     examples = [row.example for row in rows for _ in range(repeats)]
-    names = sorted({name for example in examples for name in example.extra})
+    names = sorted({name for example in examples for name in example.extra} - OTHER_PARAMETERS)
     columns = {name: [example.extra.get(name) for example in examples] for name in names}
     columns["domain"] = [example.domain for example in examples]
     columns["metadata"] = [example.metadata for example in examples]
@@ -123,12 +126,12 @@ def combine_rewards(
 
     A score of None is never 0: a reward that applies to no completion of a group is left out of
     that group's sums; where it applies to some only, the others have no comparable total and are
-    not valid. A completion without any score is not valid either.
+    not valid. A completion without any score is not valid either; one of weight 0 does not count.
     """
     value_KPG = score_array(scores, group)
-    given_KPG = ~np.isnan(value_KPG)
-    used_KP1 = given_KPG.any(axis=2, keepdims=True)
     weight_K11 = np.array([weights[name] for name in scores])[:, None, None]
+    given_KPG = ~np.isnan(value_KPG) & ((weight_K11 != 0) | ~weight_K11.any())
+    used_KP1 = given_KPG.any(axis=2, keepdims=True)
     reward_PG = np.where(given_KPG, weight_K11 * value_KPG, 0.0).sum(axis=0)
     valid_PG = (given_KPG | ~used_KP1).all(axis=0) & given_KPG.any(axis=0)
     return np.where(valid_PG, reward_PG, 0.0).astype(np.float32), valid_PG

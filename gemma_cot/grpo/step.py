@@ -169,8 +169,8 @@ def make_grpo_step(
     def step(state: TrainState, params: Params, batch: dict):
         grads, metrics = gradients(state.lora, params, batch)
         state, update = apply_gradients(optimizer, state, grads, metrics["loss"])
-        for name in ("kl", "clip_share", "entropy", "logp_drift_mean"):  # sums over tokens so far
-            metrics[name] = metrics[name] / jnp.maximum(metrics["tokens"], 1.0)
+        for name in [n for n in ("kl", "clip_share", "entropy", "logp_drift_mean") if n in metrics]:
+            metrics[name] = metrics[name] / jnp.maximum(metrics["tokens"], 1.0)  # a sum so far
         return state, metrics | update
 
     return step

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from gemma_cot import hosts
 from gemma_cot.axes import shape_of
 from gemma_cot.config import ModelConfig
+from gemma_cot.hf_config import read_json
 from gemma_cot.model.params import PARAM_TABLE, Leaf, Params, build, param_shardings
 
 SHARD_BYTES = 5 * 10**9
@@ -35,27 +36,14 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON object; raises ValueError naming the file when it is missing or malformed."""
-    if not path.is_file():
-        raise ValueError(
-            f"{path}: file must exist, got nothing there; point --model at a Hugging Face "
-            "model folder (config.json, *.safetensors, tokenizer.model)"
-        )
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: must be JSON, got {error}; download it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}; repair it")
-    return value
-
-
 def weight_files(model_dir: Path) -> list[Path]:
     """Return the safetensors files of a model folder: those of the index, else every one."""
     index = model_dir / INDEX
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
+            raise ValueError(f"{index}: weight_map must name a file per tensor; download it again")
+        names = sorted(set(places.values()))
         files = [model_dir / name for name in names]
         missing = [path.name for path in files if not path.is_file()]
         if missing:

@@ -17,7 +17,7 @@ from absl import flags
 from gemma_cot import cli, config
 from gemma_cot.config import ModelConfig, TrainConfig, embedded
 from gemma_cot.data import read_jsonl
-from gemma_cot.model.load import read_json
+from gemma_cot.hf_config import read_json
 from gemma_cot.model.params import num_params
 from gemma_cot.plan.accounts import OWNERS, collectives, owners
 from gemma_cot.plan.chips import GIB, Chip, compiler_of, devices_of

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_cot.evaluation import compare_stages, summarise
+from gemma_cot.hf_config import read_json
 from gemma_cot.metrics import read_metrics
-from gemma_cot.model.load import read_json
 from gemma_cot.results import read_results
 from gemma_cot.traces import traced_steps
 
