@@ -1,14 +1,12 @@
 """The self-test passes on a sound model and names what is wrong with a damaged one."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run_here
 from safetensors.numpy import load_file, save_file
 
 from gemma_cot.config import embedded
@@ -70,14 +68,15 @@ def gold_anywhere(prompts, completions, metadata, **columns):
     ("planted_reward:gold", 2, "gold must be a function in planted_reward - got no such name"),
     ("planted_reward", 2, "must read package.module:function"),
 ])  # fmt: skip
-def test_a_reward_function_is_tested_by_its_name(tmp_path, reward, code, words):
+def test_a_reward_function_is_tested_by_its_name(
+    tmp_path, monkeypatch, capsys, reward, code, words
+):
     (tmp_path / "planted_reward.py").write_text(PLANTED)
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, "-m", "gemma_cot.doctor", f"--reward={reward}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == code, done.stderr
-    assert words in (done.stderr if code == 2 else done.stdout)
-    assert len(done.stderr.splitlines()) == (1 if code == 2 else 0)
+    monkeypatch.syspath_prepend(tmp_path)
+    ended, out, err = run_here("gemma_cot.doctor", f"--reward={reward}", capsys=capsys)
+    assert ended == code, err
+    assert words in (err if code == 2 else out)
+    assert len(err.splitlines()) == (1 if code == 2 else 0)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from absl import flags
+from commands import refused_line
 from safetensors.numpy import load_file, save_file
 
 from gemma_cot.config import PRESETS, TrainConfig, embedded
@@ -339,10 +340,15 @@ def test_canaries_are_scored_with_the_runs_own_rewards_and_count_no_errors(cfg):
         (["--session=9 hours"], "--session: must be a time such as 9h"),
     ],
 )
-def test_bad_flags_end_with_one_line_and_exit_code_2(tmp_path, arguments, words):
-    command = [sys.executable, "-m", "gemma_cot.train", f"--output_dir={tmp_path}/run", *arguments]
+def test_bad_flags_end_with_one_line_and_exit_code_2(tmp_path, capsys, arguments, words):
+    out = f"--output_dir={tmp_path}/run"
+    assert words in refused_line("gemma_cot.train", out, *arguments, capsys=capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_process_says_no_more_than_its_line(tmp_path):
+    command = [sys.executable, "-m", "gemma_cot.train", f"--output_dir={tmp_path}/run", "--lora=8"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
-    assert words in done.stderr
-    assert done.stdout == "" and not (tmp_path / "run").exists()
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "run").exists()
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: Unknown command line flag 'lora'")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from commands import refused_line
 from report_browser import ATTACK
 
 from gemma_cot.report.gather import gather
@@ -158,6 +159,5 @@ def test_watching_a_run_that_goes_on_writes_the_report_anew(small_run, tmp_path)
         (("--run=nowhere",), "--run: must be the folder of a run, got nowhere without config.json"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(arguments, words):
-    done = command(*arguments)
-    assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
+def test_bad_input_is_refused_in_one_line(arguments, words, capsys):
+    assert words in refused_line("gemma_cot.report", *arguments, capsys=capsys)
