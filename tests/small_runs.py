@@ -1,10 +1,26 @@
-"""Rows and metrics of runs that are small enough to be repeated and compared."""
+"""Model, rows and metrics of runs that are small enough to be repeated and compared."""
 
 import json
 import socket
 from pathlib import Path
 
+import jax
+
+from gemma_cot.config import ModelConfig, embedded
+from gemma_cot.model.load import save_pretrained
+from gemma_cot.model.params import init_params
+
 TIMED = ("tokens_per_second", "seconds_", "memory_")  # differ from run to run
+MODEL = ModelConfig(
+    num_layers=1, embed_dim=20, num_heads=6, num_kv_heads=2, head_dim=8, mlp_dim=28,
+    vocab_size=768, window=5, global_layers=(True,), query_scalar=9.0, rope_scale_global=2.0,
+)  # fmt: skip
+
+
+def write_model(folder: Path) -> None:
+    """Write random weights in conftest's shape of one layer, with the embedded tokenizer."""
+    save_pretrained(folder, MODEL, init_params(jax.random.key(0), MODEL),
+                    tokenizer_dir=embedded("tiny_model"))  # fmt: skip
 
 
 def short_rows(first: int) -> list[dict]:

@@ -1,4 +1,4 @@
-"""GRPO with dynamic sampling on the embedded model: nothing compiles after the first updates, a
+"""GRPO with dynamic sampling on a model of one layer: nothing compiles after the first updates, a
 stopped run goes on to the same numbers, an update that is not finite is left out and kept."""
 
 import dataclasses
@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from small_runs import numbers, write_rows
+from small_runs import numbers, write_model, write_rows
 
 from gemma_cot.cli import COMPILED
 from gemma_cot.config import PRESETS, TrainConfig
@@ -27,13 +27,13 @@ from pathlib import Path
 
 compiled, seen, fail_at, metrics = [], [], None, None
 
-def odd(prompts, completions, **columns):
+def sixth(prompts, completions, **columns):
     number = len(seen)
     lines = Path(metrics).read_text().count(chr(10)) if Path(metrics).exists() else 0
     seen.append((len(compiled), lines))
     if number == fail_at:
         raise RuntimeError("reward broke on purpose")
-    scores = [float(len(text) % 2) for text in completions]
+    scores = [float(len(text) % 6 == 0) for text in completions]
     return [1e39] + scores[1:] if number == {BLOWN} else scores
 """
 
@@ -43,16 +43,16 @@ def user(tmp_path_factory):
     """The module of a reward that differs within about half of all groups; it notes, at every
     rollout, how much has been compiled and logged by then."""
     folder = tmp_path_factory.mktemp("user")
-    (folder / "odd_reward.py").write_text(USER_REWARD)
+    (folder / "sixth_reward.py").write_text(USER_REWARD)
     sys.path.insert(0, str(folder))
-    import odd_reward
+    import sixth_reward
 
     def listen(event: str, seconds: float, **_) -> None:
         if event == COMPILED:
-            odd_reward.compiled.append(seconds)
+            sixth_reward.compiled.append(seconds)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    yield odd_reward
+    yield sixth_reward
     jax.monitoring.unregister_event_duration_listener(listen)
     sys.path.remove(str(folder))
 
@@ -61,15 +61,17 @@ def user(tmp_path_factory):
 def cfg(tmp_path_factory, user) -> TrainConfig:
     """Eight updates of four groups of 4 from rollouts of four, each saved."""
     folder = tmp_path_factory.mktemp("data")
+    write_model(folder / "model")
     write_rows(folder)
     return TrainConfig(
         **PRESETS["tiny"]
         | dict(
+            model=str(folder / "model"),
             train_data=str(folder / "train.jsonl"), eval_data=str(folder / "eval.jsonl"),
             output_dir=str(tmp_path_factory.mktemp("out") / "whole"), max_completion_tokens=40,
             lora_rank=4, sft_steps=0, grpo_steps=8, num_generations=4, prompts_per_rollout=4,
             mini_batch=4, micro_batch=2, checkpoint_every=1, sample_every=0, trace_every=1,
-            dynamic_sampling=True, reward=("odd_reward:odd=1",),
+            dynamic_sampling=True, reward=("sixth_reward:sixth=1",),
         )
     )  # fmt: skip
 
@@ -161,7 +163,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(whole, cfg, user):
     assert any(len({g["sampled_in"] for g in trace["groups"]}) > 1 for trace in traces.values())
     for step, trace in traces.items():
         assert trace == read_trace(cfg.output_dir.replace("broken", "whole"), step)
-        assert all(set(c["scores"]) == {"format", "process", "outcome", "odd"}
+        assert all(set(c["scores"]) == {"format", "process", "outcome", "sixth"}
                    for g in trace["groups"] for c in g["completions"])  # fmt: skip
 
 

@@ -2,21 +2,16 @@
 what one of them cannot do ends both with one line."""
 
 import contextlib
-import dataclasses
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
-from small_runs import free_port, numbers, write_rows
+from small_runs import free_port, numbers, write_model, write_rows
 
 from gemma_cot import hosts
-from gemma_cot.config import embedded
-from gemma_cot.model.load import save_pretrained
-from gemma_cot.model.params import init_params
 from gemma_cot.results import read_results
 
 REWARD = """
@@ -52,13 +47,11 @@ def ends(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory, shallow) -> list[str]:
+def flags(tmp_path_factory) -> list[str]:
     """A model of one layer, twelve short rows: one SFT and four GRPO steps in two rollouts."""
     folder = tmp_path_factory.mktemp("hosts")
     (folder / "hosts_reward.py").write_text(REWARD)
-    model_cfg = dataclasses.replace(shallow, vocab_size=768)
-    params = init_params(jax.random.key(0), model_cfg)
-    save_pretrained(folder / "model", model_cfg, params, tokenizer_dir=embedded("tiny_model"))
+    write_model(folder / "model")
     write_rows(folder)
     given = {
         "model": folder / "model", "train_data": folder / "train.jsonl",
