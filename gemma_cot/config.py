@@ -212,7 +212,8 @@ class TrainConfig:
         "evaluation and export."
     )
     allow_changes: str = setting(
-        "", "What may differ on --resume, as the refusal names it: flags, code, model, train_data."
+        "", "What may differ on --resume, as the refusal names it: flags' names, code, jax, dtype, "
+        "reward, model, train_data, eval_data."
     )
 
 

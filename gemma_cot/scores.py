@@ -160,11 +160,12 @@ def verdict(interval: Sequence[float], p_value: float) -> str:
 
 
 def changed_rows(pairs: list[tuple[dict, dict]]) -> list[dict]:
-    """Return the paired rows whose format, process, outcome, code or majority score changed."""
+    """Return the paired rows whose format, process, outcome, code or majority score changed, of
+    those that both sides have."""
     names = ("format", "process", "outcome", "code", "majority")
     rows = []
     for a, b in pairs:
-        if all(a.get(name) == b.get(name) for name in names):
+        if all(a[name] == b[name] for name in names if name in a and name in b):
             continue
         row = {key: b[key] for key in ("id", "domain", "prompt")}
         for side, result in (("before", a), ("after", b)):

@@ -133,11 +133,11 @@ def log_updates(
     """
     ended = time.perf_counter()
     while pending:
-        step, ended, updates, measured, rollouts, extra = pending.pop()
+        before, began, updates, measured, rollouts, extra = pending.pop()
+        measured, ended = jax.device_get(measured), time.perf_counter()
         shared = mean_metrics(rollouts) | extra
-        for (batch, _), metrics in zip(updates, measured, strict=True):
+        for step, ((batch, _), metrics) in enumerate(zip(updates, measured), before + 1):
             metrics = {name: float(value) for name, value in metrics.items()}
-            step, began, ended = step + 1, ended, time.perf_counter()
             metrics |= shared | times(rollouts, ended - began, metrics["tokens"], len(measured))
             metrics["learning_rate"] = float(schedule(step))
             metrics["memory_gib"] = peak_memory_gib()
@@ -171,11 +171,10 @@ def watch_update(run: Run, writer: MetricsWriter, batch: dict) -> None:
 
 
 def times(rollouts: list[Rollout], update: float, tokens: float, updates: int) -> dict[str, float]:
-    """Return the time metrics of an update; the rollouts' time is shared out over their updates.
-
-    update: seconds that this one took.
-    """
+    """Return the time metrics of each of so many updates, its share of the rollouts' seconds and of
+    `update`, those that all updates took."""
     rollout, reward = (sum(r.seconds[i] for r in rollouts) / updates for i in (0, 1))
+    update /= updates
     return {
         "seconds_rollout": rollout,
         "seconds_reward": reward,

@@ -79,6 +79,17 @@ def test_the_literal_matcher_is_honoured():
     assert [score["process"] for score in scores] == [0.0, 0.2]
 
 
+def test_blank_checkpoints_are_none():
+    """The schema allows them, and no reasoning can lack them."""
+    metadata = {"checkpoints": ["", " ", "4*2=8"], "final_answer": "8"}
+    rows = [Encoded(Example(1, "math", "p", "", metadata, {}), [2], [1])]
+    texts = ["<reasoning>4*2=8</reasoning><answer>8</answer>"]
+    (score,) = score_rows(rows, texts, [[9]], [True], "literal")
+    assert score["checkpoints"] == score["checkpoints_literal"] == 1
+    (score,) = score_rows(rows, ["no reasoning"], [[9]], [True], "literal")
+    assert score["checkpoints"] == 1 and score["checkpoints_literal"] == 0
+
+
 def test_several_completions_of_a_row_are_scored_one_by_one_and_together():
     metadata = {"checkpoints": ["3 + 4 = 7"], "final_answer": "7"}
     rows = [Encoded(Example(i, "math", f"p{i}", "", metadata, {}), [2], [1]) for i in (5, 6)]

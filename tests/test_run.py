@@ -168,6 +168,19 @@ def test_another_run_in_the_folder_is_never_touched(cfg):
     assert (out / "notes.txt").read_text() == "mine"  # only what a run writes is deleted
 
 
+@pytest.mark.parametrize("name", ["config.json", "eval/mine.txt", "merged/w.bin"])
+def test_what_no_run_wrote_is_never_overwritten(cfg, name):
+    """A model's folder, or another's files under a run's names."""
+    mine = Path(cfg.output_dir) / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("{}")
+    message = f"must hold a run or none of its files, got {name.split('/')[0]} of something else"
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=message):
+            open_run(prepare(dataclasses.replace(cfg, overwrite=overwrite)))
+    assert mine.read_text() == "{}"
+
+
 def test_resuming_with_anything_else_is_refused_by_name_unless_insisted_on(cfg, model, tmp_path):
     cfg = with_rows(dataclasses.replace(cfg, model=str(model)), tmp_path, GOOD, GOOD)
     open_run(prepare(cfg))

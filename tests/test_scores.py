@@ -173,6 +173,11 @@ def test_nothing_improved_while_the_interval_covers_zero(interval, p_value, word
     assert verdict(interval, p_value) == words
 
 
+def test_a_score_that_one_side_has_not_is_no_change():
+    """A majority where one file has several completions a row; code scored on one side only."""
+    assert changed_rows(pair_rows([row(1)], [row(1, majority=0.0, code=1.0)])) == []
+
+
 def test_changed_rows_are_listed_with_both_completions():
     before = [row(1), row(2, outcome=0.0, completion="old"), row(3, process=None)]
     after = [row(1, completion="other words, same scores"), row(2), row(3, process=None)]

@@ -116,6 +116,12 @@ def test_decode_drops_pad_eos_bos_and_keeps_turns(tokenizer):
     assert decode(tokenizer, ids) == "coins<end_of_turn>"
 
 
+def test_ids_without_a_piece_have_no_text(tokenizer):
+    """From Gemma 3 4B on the embedding has more rows than the tokenizer has pieces."""
+    ids, size = encode(tokenizer, "seven"), tokenizer.vocab_size
+    assert decode(tokenizer, [size, *ids, size + 63]) == "seven"
+
+
 def test_digits_are_one_token_each(tokenizer):
     assert len(encode(tokenizer, "1234567890")) == 10
 
@@ -144,6 +150,13 @@ def test_stop_ids_add_those_of_generation_config(model_dir, listed, expected):
 def test_stop_ids_outside_the_vocabulary_are_refused(model_dir, bad):
     (model_dir / "generation_config.json").write_text(json.dumps({"eos_token_id": bad}))
     with pytest.raises(ValueError, match="eos_token_id must be ids below the vocabulary's 480"):
+        load_tokenizer(model_dir)
+
+
+@pytest.mark.parametrize("text", ['{"eos_token_id": [1', "[1]"])
+def test_a_broken_generation_config_is_refused(model_dir, text):
+    (model_dir / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match="generation_config.json: must .*JSON"):
         load_tokenizer(model_dir)
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ from gemma_cot.model.load import load_pretrained
 from gemma_cot.replay import begin_of, open_replay, replay, same_tokens
 from gemma_cot.results import read_results
 from gemma_cot.traces import PER_TOKEN, read_trace, traced_steps
+from gemma_cot.turn import next_batches
 
 USER_REWARD = """
 import os, signal
@@ -230,9 +232,27 @@ def test_a_rollout_feeds_several_passes_with_one_pi_old(whole, user_reward):
     assert max(drift) < 1e-4  # pi_old is the sampler's policy in the second pass too
     assert all(row["kl"] > 0 for row in rows[1:4])
     assert traced_steps(out) == [1, 4, 5]
+    lines = Path(out, "metrics.jsonl").read_text().splitlines()
+    seconds = [row["seconds_update"] for row in map(json.loads, lines) if row["stage"] == "grpo"]
+    assert len(set(seconds[:4])) == 1, "updates of one rollout share its time equally"
     run = open_replay(out, cfg.mesh)
     with jax.set_mesh(run.mesh):  # the second pass over a rollout's second mini-batch
         assert replay(run, 4) == read_trace(out, 4)
+
+
+@pytest.mark.parametrize(("step", "number"), [(0, 0), (4, 1), (5, 2), (8, 2)])
+def test_what_a_rollout_cut_short_had_left_is_not_sampled_again(whole, step, number):
+    """Four updates a rollout; a run of 5 steps that goes on begins with the third rollout."""
+
+    class Asked(Exception):
+        pass
+
+    def roll(asked: int):
+        raise Asked(asked)
+
+    run = SimpleNamespace(cfg=dataclasses.replace(whole, num_iterations=2))
+    with pytest.raises(Asked, match=f"^{number}$"):
+        next_batches(run, roll, step, None)
 
 
 def test_grpo_without_sft_starts_from_the_base_model(whole):

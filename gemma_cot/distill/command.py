@@ -1,9 +1,13 @@
-"""python -m gemma_cot.distill --input=F --output=DIR: a teacher's worked solutions to checked rows.
+"""Ask a teacher for worked solutions: questions in, checked rows of our schema out.
 
-This is the process that asks; `gemma_cot.distill` starts it. It ends early when something comes
-from its standard input (Ctrl-C), or when that ends, which means that the process that started it is
-gone: it then sends nothing more, waits for the answers in flight, which are paid for, and writes
-them.
+    export DEEPSEEK_API_KEY=...
+    python -m gemma_cot.distill --input=questions.jsonl --output=distilled --dry_run
+    python -m gemma_cot.distill --input=questions.jsonl --output=distilled --max_usd=2
+
+Needs the extra `teacher`. This is the process that asks; `gemma_cot.distill` starts it. It ends
+early when something comes from its standard input (Ctrl-C), or when that ends, which means that the
+process that started it is gone: it then sends nothing more, waits for the answers in flight, which
+are paid for, and writes them.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
-"""An OpenAI-compatible server on loopback for any of our models, with or without an adapter.
+r"""An OpenAI-compatible server on loopback for any of our models, with or without an adapter.
 
     python -m gemma_cot.serve --adapter=runs/tiny/adapter --port=8000
     curl -s localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \
-        -d '{"model": "tiny_model", "messages": [{"role": "user", "content": "What is 12 * 34?"}]}'
+        -d '{"model": "adapter", "messages": [{"role": "user", "content": "What is 12 * 34?"}]}'
 
 Needs the extra `serve`. Routes: /v1/chat/completions (streamed or not) and /v1/models. Waiting
 requests are answered together, `--batch` completions at a time, in shapes that are compiled once,

@@ -549,6 +549,22 @@ None => nan | 'None' | ()
 ]
 
 
+REFUSE += [
+    # number words and second thoughts are no units
+    *table("math", r"""
+5 => 5 squared | 5 cubed | 5 factorial | 5 modulo | 5 thousands | 5 millions | 5 dozens | 5 hundreds
+5 => 5 lakh | 5 crore | 5 thirteen | 5 nineteen | 5 exp | 5 wrong | 5 sorry
+2 dozens => 2
+5 millions => 5
+"""),
+    # a second candidate where gold is the letter alone
+    *table("science", r"""
+A => A) is wrong, the answer is B | A. I also think C | A) answer: B | A) = B | A) vs B
+A => A) but could be option D | A) See (B | A) yes, B? | A) → B.
+"""),
+]
+
+
 def test_table_has_three_hundred_cases_and_no_case_twice():
     cases = [tuple(map(repr, case)) for case in ACCEPT + REFUSE]
     assert len(cases) >= 300

@@ -278,7 +278,9 @@ def test_a_reference_without_beta_is_measured_and_not_in_the_loss():
     weight_BT = jnp.asarray(reference_weights(MASK_BT, "dapo", L_MAX).astype(np.float32))
     arguments = [jnp.asarray(batch[n]) for n in ("logp", "old", "ref", "advantage")] + [weight_BT]
     loss, metrics = grpo_loss(*arguments)
-    assert float(loss) == float(grpo_loss(*arguments[:2], None, *arguments[3:])[0])
+    without, unmeasured = grpo_loss(*arguments[:2], None, *arguments[3:])
+    assert float(loss) == float(without)
+    assert unmeasured.keys() == metrics.keys() - {"kl"}  # not 0: nobody measured it
     d_BT = (batch["ref"] - batch["logp"]).astype(np.float64)[MASK_BT]
     np.testing.assert_allclose(metrics["kl"], (np.exp(d_BT) - d_BT - 1).sum(), **CLOSE)
 

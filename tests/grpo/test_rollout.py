@@ -82,6 +82,12 @@ def test_columns_repeat_every_row_and_fill_gaps_with_none():
     }
 
 
+def test_a_key_that_is_a_parameter_of_the_rewards_is_no_column():
+    rows = [encoded(1, "a", completions="x", prompts="y", matcher="z", matches="m", level=1)]
+    _, columns = reward_columns(rows, 1)
+    assert columns.keys() == {"level", "domain", "metadata"}
+
+
 # ---- weighted rewards ---------------------------------------------------------------------------
 
 
@@ -90,6 +96,12 @@ def combined(scores: dict, group: int, **weights):
     reward_PG, valid_PG = combine_rewards(scores, weights or dict.fromkeys(scores, 1.0), group)
     assert reward_PG.dtype == np.float32 and valid_PG.dtype == bool
     return reward_PG.tolist(), valid_PG.tolist()
+
+
+def test_a_reward_of_weight_0_only_watches():
+    scores = {"format": [1.0, 0.0], "mine": [None, 1.0]}
+    assert combined(scores, 2, format=1.0, mine=0.0) == ([[1.0, 0.0]], [[True, True]])
+    assert combined(scores, 2, format=0.0, mine=0.0) == ([[0.0, 0.0]], [[False, True]])
 
 
 def test_rewards_are_weighted_sums_in_row_order():

@@ -83,6 +83,13 @@ def test_shards_come_back_bit_for_bit(params, sharded_dir):
     assert_same(load_pretrained(sharded_dir, "float32")[1], params)
 
 
+@pytest.mark.parametrize("places", [None, [], {"a": 1}])
+def test_an_index_without_files_is_refused(sharded_dir, places):
+    (sharded_dir / INDEX).write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(ValueError, match="weight_map must name a file per tensor"):
+        load_pretrained(sharded_dir)
+
+
 def test_stored_layout_is_hugging_faces(params, model_dir):
     """torch's Linear stores [out, in]; heads are the slow axis of q_proj's out and o_proj's in."""
     stored = load_file(model_dir / "model.safetensors")
