@@ -85,7 +85,9 @@ def check_tokenizer(cfg: ModelConfig, tokenizer: Tokenizer) -> list[Check]:
     ]
 
 
-def sample_some(cfg: ModelConfig, params: Params, tokenizer: Tokenizer) -> Samples:
+def sample_some(
+    cfg: ModelConfig, params: Params, tokenizer: Tokenizer, stop_ids: tuple[int, ...]
+) -> Samples:
     """Return two completions of 24 tokens for two left-padded prompts, by the cached sampler."""
     prompts = [encode_prompt(tokenizer, QUESTION), encode_prompt(tokenizer, "7 + 8")]
     width = max(map(len, prompts))
@@ -93,17 +95,20 @@ def sample_some(cfg: ModelConfig, params: Params, tokenizer: Tokenizer) -> Sampl
     start_P = np.array([width - len(ids) for ids in prompts], np.int32)
     return sample(
         params, cfg, jnp.asarray(tokens_PT), jnp.asarray(start_P), jax.random.key(0),
-        num_completions=2, max_new_tokens=24, temperature=1.0, stop_ids=tokenizer.stop_ids,
+        num_completions=2, max_new_tokens=24, temperature=1.0, stop_ids=stop_ids,
     )  # fmt: skip
 
 
 def check_sampler(cfg: ModelConfig, params: Params, tokenizer: Tokenizer) -> list[Check]:
     """Does cached decoding see the network that training sees, and stop where it should?"""
-    out = sample_some(cfg, params, tokenizer)
+    out = sample_some(cfg, params, tokenizer, tokenizer.stop_ids)
+    third = int(np.asarray(out.tokens_BT)[0, np.asarray(out.completion_mask_BT)[0].argmax() + 2])
+    stop_ids = (*tokenizer.stop_ids, third)  # so that one row stops, whatever the model writes
+    out = sample_some(cfg, params, tokenizer, stop_ids)
     trainer_BT = token_logprobs(params, cfg, out.tokens_BT, out.start_B)
     mask_BT = np.asarray(out.completion_mask_BT)
     drift = np.abs(np.asarray(trainer_BT) - np.asarray(out.logp_BT))[mask_BT].max()
-    is_stop_BT = np.isin(np.asarray(out.tokens_BT), tokenizer.stop_ids) & mask_BT
+    is_stop_BT = np.isin(np.asarray(out.tokens_BT), stop_ids) & mask_BT
     last_B = mask_BT.shape[1] - 1 - mask_BT[:, ::-1].argmax(axis=1)
     rows = zip(is_stop_BT, last_B, strict=True)
     only_last = all(set(np.flatnonzero(row)) <= {last} for row, last in rows)

@@ -36,7 +36,7 @@ METRICS = {
     "kl": "Estimated KL divergence of the policy from the reference policy, nats a token.",
     "entropy": "Entropy of the policy's next-token distribution, nats a token; 0 is certainty.",
     "ratio_max": "Largest probability ratio of policy to old policy; 1 when on-policy.",
-    "clip_share": "Share of completion tokens whose ratio was clipped; only CISPO learns from them.",
+    "clip_share": "Share of completion tokens with a clipped ratio; only CISPO learns from them.",
     "completion_tokens": "Mean length of a completion in tokens, its stop token included.",
     "decode_useful": "Share of the sampler's decode steps that went into rows not yet ended.",
     "truncated_rate": "Share of completions cut off at the length limit, without a stop token.",

@@ -133,10 +133,10 @@ def log_updates(
     """
     ended = time.perf_counter()
     while pending:
-        before, began, updates, measured, rollouts, extra = pending.pop()
+        done, began, updates, measured, rollouts, extra = pending.pop()
         measured, ended = jax.device_get(measured), time.perf_counter()
         shared = mean_metrics(rollouts) | extra
-        for step, ((batch, _), metrics) in enumerate(zip(updates, measured), before + 1):
+        for step, ((batch, _), metrics) in enumerate(zip(updates, measured, strict=True), done + 1):
             metrics = {name: float(value) for name, value in metrics.items()}
             metrics |= shared | times(rollouts, ended - began, metrics["tokens"], len(measured))
             metrics["learning_rate"] = float(schedule(step))
