@@ -298,7 +298,8 @@ def _reason(error: Exception) -> str:
 
 def _folders(directory: str | Path) -> list[Path]:
     """Return the folders with a step's name."""
-    return [f for f in Path(directory).glob("*") if f.name.isdecimal() and f.is_dir()]
+    named = (f for f in Path(directory).glob("*") if f.name.isdecimal() and f.is_dir())
+    return [f for f in named if f.name == str(int(f.name))]
 
 
 def _is_complete(folder: Path) -> bool:

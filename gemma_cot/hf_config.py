@@ -49,6 +49,12 @@ def read_fields(hf: dict) -> dict:
             "point --model at a Gemma 3 checkpoint"
         )
     get = {**_HF_DEFAULTS, **{k: v for k, v in text.items() if v is not None}}.__getitem__
+    for key in _HF_DEFAULTS:
+        kinds = (int, float) if key in ("query_pre_attn_scalar", "rms_norm_eps") else (int,)
+        if type(get(key)) not in kinds or get(key) <= 0:
+            raise ValueError(
+                f"config.json: {key} must be a number above 0, got {get(key)!r}; repair config.json"
+            )
     rope_local, rope_global, rope_scale = _read_rope(text)
     num_layers = get("num_hidden_layers")
     if text.get("final_logit_softcapping") or text.get("attn_logit_softcapping"):

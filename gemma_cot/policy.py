@@ -1,8 +1,8 @@
 """A policy to sample from: a model folder, perhaps an adapter, its tokenizer and its recipe.
 
 `gemma_cot.json`, written beside exported weights, keeps the instruction and the token limits of
-training, so that evaluation and generation build the very same prompts. Called by evaluate and
-generate; defines the flags that both share.
+training, so that evaluation and generation build the very same prompts. Called by the
+commands that load one; defines the flags that they share.
 """
 
 from dataclasses import dataclass, replace
@@ -23,6 +23,7 @@ from gemma_cot.model.params import Params, num_params
 from gemma_cot.tokenizer import Tokenizer, load_tokenizer
 
 RECIPE = "gemma_cot.json"
+RECIPE_FIELDS = ("instruction", "max_prompt_tokens", "max_completion_tokens")
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,24 @@ class Policy:
 
 def write_recipe(folder: str | Path, cfg: TrainConfig) -> None:
     """Write the part of a run's settings that prompts depend on beside its weights."""
-    names = ("instruction", "max_prompt_tokens", "max_completion_tokens")
-    write_json(Path(folder) / RECIPE, {name: getattr(cfg, name) for name in names})
+    write_json(Path(folder) / RECIPE, {name: getattr(cfg, name) for name in RECIPE_FIELDS})
 
 
 def read_recipe(*folders: str) -> dict:
     """Return the recipe of the first folder that has one, else the defaults of training."""
-    recipe = {"instruction": "", "max_prompt_tokens": 256, "max_completion_tokens": 512}
+    recipe = {name: getattr(TrainConfig(), name) for name in RECIPE_FIELDS}
     for folder in folders:
         path = Path(folder) / RECIPE
         if folder and path.is_file():
-            return recipe | read_json(path)
+            stored = read_json(path)
+            for name, value in recipe.items():
+                recipe[name] = stored.get(name, value)
+                if type(recipe[name]) is not type(value):
+                    raise ValueError(
+                        f"{path}: {name} must be {type(value).__name__}, got {recipe[name]!r}; "
+                        "repair it"
+                    )
+            return recipe
     return recipe
 
 
@@ -68,7 +76,7 @@ def define_policy_flags() -> None:
     flags.DEFINE_enum(
         "attention", "reference", ["reference", "pallas"], "Plain jnp, or TPU kernels."
     )
-    flags.DEFINE_integer("seed", 0, "Seed of sampling.", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "Seed of sampling.", 0, 2**32 - 1)
     flags.DEFINE_string("mesh", "auto", "Devices as DATAxMODEL; auto: all of them on data.")
 
 
@@ -96,8 +104,7 @@ def load_policy(values: flags.FlagValues) -> Policy:
     mesh = mesh_for(values.mesh, cfg, dtype)
     _, params = load_pretrained(model_dir, dtype, mesh)
     lora = hosts.place(lora, replicated(mesh))
-    names = ("instruction", "max_prompt_tokens", "max_completion_tokens")
-    return Policy(cfg, params, lora, tokenizer, mesh, *(recipe[name] for name in names))
+    return Policy(cfg, params, lora, tokenizer, mesh, *(recipe[name] for name in RECIPE_FIELDS))
 
 
 def mesh_for(

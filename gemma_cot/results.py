@@ -2,7 +2,7 @@
 
 Lines are appended batch by batch and synced, so that a killed evaluation goes on where it stopped.
 `NAME.protocol.json` beside `NAME.jsonl` says how the rows were asked and scored. Called by
-evaluation, evaluate, train and prepare; knows no model.
+run, evaluate, report and prepare; knows no model.
 """
 
 import hashlib

@@ -214,3 +214,16 @@ def test_wrong_number_of_layer_types_is_refused():
 @pytest.mark.parametrize("kind", ["yarn", "dynamic"])
 def test_other_rope_scaling_is_refused(kind):
     assert refused("'default' or 'linear', got", rope_scaling={"rope_type": kind, "factor": 2.0})
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_key_value_heads": 0}, {"hidden_size": "a"}, {"vocab_size": 3.5}]
+)
+def test_sizes_that_are_no_sizes_are_refused(change):
+    (key,) = change
+    with pytest.raises(ValueError, match=f"config.json: {key} must be a number above 0, got"):
+        ModelConfig.from_hf(OLD_1B | change)
+
+
+def test_an_empty_text_config_is_none():
+    assert ModelConfig.from_hf(OLD_1B | {"text_config": None}) == GEMMA3_1B

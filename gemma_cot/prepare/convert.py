@@ -224,10 +224,12 @@ def svamp(row: dict, source: str) -> Iterator[dict]:
     try:
         steps: list[str] = []
         value = _steps(ast.parse(equation.strip(), mode="eval").body, steps)
+        gold = Fraction(str(answer))
     except (SyntaxError, ValueError, RecursionError, ZeroDivisionError) as error:
-        raise Rejected("bad_fields", f"Equation must be arithmetic, got {error}", True) from None
+        message = f"Equation must be arithmetic and Answer a number, got {error}"
+        raise Rejected("bad_fields", message, True) from None
     final = _decimal(value)
-    if value != Fraction(str(answer)):
+    if value != gold:
         raise Rejected("answer_disagrees", f"Equation gives {final}, Answer is {answer}")
     body = _get(row, "Body").strip().rstrip(",")
     prompt = f"{body}{'' if body[-1:] in '.?!' else '.'} {_get(row, 'Question').strip()}"
@@ -253,7 +255,8 @@ def _decimal(value: Fraction) -> str:
     """Return an exact decimal of at most 9 places. Raises Rejected where there is none."""
     if value * 10**9 % 1:
         raise Rejected("step_not_exact", f"{value} has no short exact decimal")
-    return f"{float(value):.9f}".rstrip("0").rstrip(".")
+    whole, rest = divmod(abs(value.numerator) * 10**9 // value.denominator, 10**9)
+    return f"{'-' * (value < 0)}{whole}.{rest:09}".rstrip("0").rstrip(".")
 
 
 # MBPP: what does this call return? The assertions know, without running anything
@@ -278,12 +281,19 @@ def mbpp(row: dict, source: str) -> Iterator[dict]:
         raise Rejected("code_not_parsed", f"task {task}: {error}") from None
     if not tests:
         raise Rejected("no_literal_gold", f"task {task} has no assertion")
+    left_out = []
     for number, test in enumerate(tests, 1):
-        call, gold = _assertion(test, name, f"task {task}, assertion {number}")
+        try:
+            call, gold = _assertion(test, name, f"task {task}, assertion {number}")
+        except Rejected as reject:
+            left_out.append(reject)
+            continue
         yield make_row(
             "code", f"{code}{_CALL}{call}` return?", f"{call} returns {gold}.", gold, [],
             f"mbpp:{task}:{number}", "none",
         )  # fmt: skip
+    if left_out:
+        raise left_out[0]
 
 
 def _assertion(test: ast.expr, name: str, where: str) -> tuple[str, str]:

@@ -80,6 +80,18 @@ def test_svamp_derives_its_steps_from_the_equation():
         convert("svamp", row | {"Answer": 1.0})
 
 
+def test_svamp_keeps_every_digit_and_refuses_what_is_no_number():
+    row = {"Body": "Many.", "Question": "How many?",
+           "Equation": "9007199254740993 - 10000000000000000"}  # fmt: skip
+    (ours,) = convert("svamp", row | {"Answer": -992800745259007})
+    assert ours["metadata"]["final_answer"] == "-992800745259007"
+    assert ours["metadata"]["checkpoints"] == [
+        "9007199254740993 - 10000000000000000 = -992800745259007"
+    ]
+    with pytest.raises(Rejected, match="Answer a number"):
+        convert("svamp", row | {"Answer": float("nan")})
+
+
 def test_mbpp_asks_for_every_assertion_and_runs_nothing():
     row = {
         "task_id": "MBPP/7",
@@ -95,6 +107,11 @@ def test_mbpp_asks_for_every_assertion_and_runs_nothing():
     golds = [ours["metadata"]["final_answer"] for ours in (first, second)]
     assert golds == ["[4, 8]", "{'b': (1, True)}"]
     assert split_key(first["prompt"]) == split_key(second["prompt"])
+    row["test"] = row["test"].replace("candidate(4) ==", "candidate(4) !=")
+    rows = DATASETS["mbpp"](row, "here")  # the other assertion comes all the same
+    assert next(rows)["metadata"]["final_answer"] == golds[1]
+    with pytest.raises(Rejected, match="assertion 1: not one =="):
+        next(rows)
     assert_full_marks(first)
     assert_full_marks(second)
     with pytest.raises(Rejected, match="assertion 1"):
