@@ -128,7 +128,7 @@ def test_steps_are_listed_pruned_and_never_overwritten(tmp_path):
     assert checkpoint.latest_step(tmp_path / "absent") is None
     assert checkpoint.latest_step(tmp_path) is None
     checkpoint.prune(tmp_path / "absent", 0, keep=1)
-    (tmp_path / "007").mkdir()  # nobody's step
+    (tmp_path / "0700").mkdir()  # nobody's step, and later than all
     for step in (9, 100, 20):  # as numbers 100 is the latest, as words 9 would be
         checkpoint.save(tmp_path, step, {"x": jnp.full(2, step)}, {"at": step})
     assert checkpoint.all_steps(tmp_path) == [9, 20, 100]
@@ -139,7 +139,7 @@ def test_steps_are_listed_pruned_and_never_overwritten(tmp_path):
         checkpoint.save(tmp_path, 20, {"x": jnp.zeros(2)}, {})
     checkpoint.prune(tmp_path, 100, keep=2)
     assert checkpoint.all_steps(tmp_path) == [20, 100]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["007", "100", "20"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0700", "100", "20"]
     checkpoint.prune(tmp_path, 100, keep=5)
     assert checkpoint.all_steps(tmp_path) == [20, 100]
 

@@ -24,6 +24,7 @@ from gemma_cot.grpo.reward import RewardError
             "free space or choose another place\n",
         ),
         (PermissionError(errno.EACCES, "Permission denied", "out"), "error: out: must be writable"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a folder", "f/x"), "error: f/x: must be writable"),
     ],
 )
 def test_what_a_user_can_change_is_one_line(error, line, capsys):

@@ -28,6 +28,8 @@ def test_the_embedded_model_passes_every_check():
     checks = examine(embedded("tiny_model"))
     assert [check.name for check in checks if not check.passed] == []
     assert len(checks) == 9
+    (stop,) = (check for check in checks if check.name == "stop token in mask")
+    assert int(stop.detail.split()[0]) > 0, "the check must have a row that stops"
 
 
 def test_a_value_that_is_not_finite_is_named(model):

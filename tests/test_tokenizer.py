@@ -18,6 +18,7 @@ from gemma_cot.tokenizer import (
     load_tokenizer,
     render_turns,
 )
+from gemma_cot.traces import _pieces
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,8 @@ def test_ids_without_a_piece_have_no_text(tokenizer):
     """From Gemma 3 4B on the embedding has more rows than the tokenizer has pieces."""
     ids, size = encode(tokenizer, "seven"), tokenizer.vocab_size
     assert decode(tokenizer, [size, *ids, size + 63]) == "seven"
+    pieces = [tokenizer.processor.id_to_piece(i) for i in ids]
+    assert _pieces(tokenizer, [size, *ids]) == ["", *pieces]  # of a trace
 
 
 def test_digits_are_one_token_each(tokenizer):
