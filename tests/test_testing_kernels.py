@@ -30,10 +30,18 @@ def test_a_window_off_by_one_is_caught():
     assert len(caught) == 3, "windows 5, 16 and 1; 33 of 33 columns and None hide nothing"
 
     def decode(*arguments):
-        *arrays, window = arguments
-        return reference.decode_attention(*arrays, window and window - 1)
+        arrays, (window, *began) = arguments[:7], arguments[7:]
+        return reference.decode_attention(*arrays, window and window - 1, *began)
 
-    assert len(failed_cases(check_kernel("decode_attention", decode))) == 2
+    assert len(failed_cases(check_kernel("decode_attention", decode))) == 3
+
+
+def test_a_decode_kernel_that_takes_every_row_to_begin_at_clock_0_is_caught():
+    def decode(*arguments):
+        return reference.decode_attention(*arguments[:8])
+
+    caught = failed_cases(check_kernel("decode_attention", decode))
+    assert len(caught) == 2 and all("began" in case for case in caught)
 
 
 def test_a_missing_temperature_and_a_missing_scale_are_caught():

@@ -36,17 +36,19 @@ LIMITS = {"float32": 2e-5, "bfloat16": 2e-2}  # rounding of 24 and of 8 bits, ov
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: the sizes of its axes, one start per row, and the static last argument."""
+    """One problem: the sizes of its axes, one start per row, and the static argument."""
 
     sizes: tuple[tuple[str, int], ...]  # (("B", 2), ...): letters of `gemma_cot.axes`
     static: int | float | None  # window or temperature
     starts: tuple[int, ...] = ()  # first real column of each row or prompt
-    step: int | None = None  # tail token of a decode step
+    step: int | None = None  # clock of a decode step
+    began: tuple[int, ...] = ()  # clock at which each prompt's completions began, if not at 0
 
     def __str__(self) -> str:
         parts = [f"{letter} {size}" for letter, size in self.sizes]
         parts += [f"start {','.join(map(str, self.starts))}"] if self.starts else []
         parts += [f"step {self.step}"] if self.step is not None else []
+        parts += [f"began {','.join(map(str, self.began))}"] if self.began else []
         kind = "temperature" if isinstance(self.static, float) else "window"
         return "  ".join([*parts, f"{kind} {self.static}"])
 
@@ -64,7 +66,8 @@ class Operation:
 def check_kernel(name: str, function: Callable, gradients: bool = True) -> list[Outcome]:
     """Run `function` against OPERATIONS[name] on every case, in float32 and bfloat16.
 
-    function: traceable by JAX, arguments as the reference's in its order (the last one static).
+    function: traceable by JAX, arguments as the reference's in its order: the arrays, then the
+    window or temperature (static), then began_P in the cases of `decode_attention` that have one.
     gradients: also compare the gradients (of the operations that have any) for a random cotangent.
     Raises KeyError for an unknown name; whatever `function` raises becomes a failed row.
     """
@@ -108,10 +111,11 @@ def _run(operation, function, arguments: dict, case: Case, counted, gradients: b
     """Return {what: (array, counted mask)}: every value, then every gradient, compiled as one."""
     names = operation.differentiable if gradients else ()
     order = tuple(arguments)  # jit sorts the keys of a dict
+    began = [jnp.asarray(case.began, jnp.int32)] if case.began else []
 
     def values_of(wanted: dict, arguments: dict):
         inputs = arguments | wanted
-        out = function(*(inputs[key] for key in order), case.static)
+        out = function(*(inputs[key] for key in order), case.static, *began)
         return tuple(out) if isinstance(out, tuple | list) else (out,)
 
     @jax.jit
@@ -199,6 +203,9 @@ OPERATIONS = {
             Case(_sizes("PGSTNKH", 2, 2, 37, 21, 6, 2, 8), None, (5, 37), 20),  # an empty prompt
             Case(_sizes("PGSTNKH", 1, 4, 33, 18, 2, 2, 16), 20, (4,), 17),  # both parts in sight
             Case(_sizes("PGSTNKH", 2, 1, 16, 24, 2, 1, 8), 8, (0, 9), 19),  # the prompt is out
+            # Begun later, as rows that take a finished one's place: the ring goes round.
+            Case(_sizes("PGSTNKH", 2, 2, 9, 7, 4, 2, 8), None, (0, 3), 11, (6, 9)),
+            Case(_sizes("PGSTNKH", 3, 1, 12, 8, 4, 1, 8), 5, (2, 0, 11), 13, (13, 7, 10)),
         ),
         (),
     ),
