@@ -23,7 +23,13 @@ from gemma_cot.config import TrainConfig, embedded
 from gemma_cot.data import encode_examples, prompt_width, read_jsonl
 from gemma_cot.evaluation import alarms, evaluate_batches, summarise, table
 from gemma_cot.guard import canaries
-from gemma_cot.policy import Policy, define_policy_flags, load_policy, resolve_dtype
+from gemma_cot.policy import (
+    Policy,
+    check_temperature,
+    define_policy_flags,
+    load_policy,
+    resolve_dtype,
+)
 from gemma_cot.results import (
     append_results,
     beside,
@@ -55,11 +61,7 @@ def check_flags() -> None:
             f"--compare: must be one file beside --output, got {len(FLAGS.compare)}; leave "
             "--output out to compare two files"
         )
-    if FLAGS.num_completions > 1 and FLAGS.temperature == 0:
-        raise ValueError(
-            f"--temperature: must be above 0 for {FLAGS.num_completions} completions, got 0 (all "
-            "would be the same); set --temperature=1"
-        )
+    check_temperature(FLAGS)
     if FLAGS.resume and FLAGS.overwrite:
         raise ValueError("--overwrite: must not stand beside --resume, got both; drop one")
 

@@ -1,7 +1,7 @@
 """Answer a prompt: print completions of a model, with or without an adapter.
 
     python -m gemma_cot.generate --adapter=runs/tiny/adapter --prompt="What is 12 * 34?"
-    python -m gemma_cot.generate --model=runs/tiny/merged --prompt=TEXT --num_completions=4
+    python -m gemma_cot.generate --adapter=DIR --prompt=TEXT --num_completions=4 --temperature=1
     python -m gemma_cot.generate --replay=runs/tiny:20:1     # group 1 of GRPO step 20, once more
 """
 
@@ -15,7 +15,7 @@ from gemma_cot import cli
 from gemma_cot.axes import round_up
 from gemma_cot.data import WIDTH_STEP
 from gemma_cot.grpo.rollout import completion_texts, sample_prompts
-from gemma_cot.policy import define_policy_flags, load_policy
+from gemma_cot.policy import check_temperature, define_policy_flags, load_policy
 from gemma_cot.replay import open_replay, parse_replay, replay, same_tokens
 from gemma_cot.tokenizer import encode_prompt
 from gemma_cot.traces import read_trace, trace_path, write_trace
@@ -55,6 +55,7 @@ def main() -> None:
         return replay_group(FLAGS.replay)
     if not FLAGS.prompt.strip():
         raise ValueError("--prompt: must hold a question, got nothing; set --prompt=TEXT")
+    check_temperature(FLAGS)
     policy = load_policy(FLAGS)
     ids = encode_prompt(policy.tokenizer, FLAGS.prompt, policy.instruction)
     if len(ids) > policy.max_prompt_tokens:

@@ -80,6 +80,15 @@ def define_policy_flags() -> None:
     flags.DEFINE_string("mesh", "auto", "Devices as DATAxMODEL; auto: all of them on data.")
 
 
+def check_temperature(values: flags.FlagValues) -> None:
+    """Raise ValueError for several completions of --temperature=0."""
+    if values.num_completions > 1 and values.temperature == 0:
+        raise ValueError(
+            f"--temperature: must be above 0 for {values.num_completions} completions, got 0 (all "
+            "would be the same); set --temperature=1"
+        )
+
+
 def load_policy(values: flags.FlagValues) -> Policy:
     """Load what the flags name. Raises ValueError, one line, for anything missing or unfit."""
     model_dir = values.model or embedded("tiny_model")

@@ -291,6 +291,12 @@ def prepare(cfg: TrainConfig, session: Session | None = None) -> Run:
                 f"{count} {split} rows over {cfg.max_prompt_tokens} prompt or "
                 f"{cfg.max_completion_tokens} completion tokens: discarded"
             )
+    if cfg.grpo_steps and len(train) < cfg.prompts_per_rollout:
+        warnings.warn(
+            f"--prompts_per_rollout: {cfg.prompts_per_rollout} of {len(train)} training rows; some "
+            "are in a rollout more than once",
+            stacklevel=2,
+        )
     dtype = resolve_dtype(cfg.dtype)
     mesh = mesh_for(cfg.mesh, model_cfg, dtype, cut_batches(cfg))
     check_batches(cfg, mesh.shape["data"])

@@ -93,6 +93,13 @@ class Session:
             self.asked = self._signal or "a preemption notice"
         return bool(self.asked) or bool(late)
 
+    def spent(self) -> dict[str, float]:
+        """Return the seconds so far, "total"; past its end also those since then, "over_session"
+        (the first turn of a stage compiles, and how long that takes is not forecast)."""
+        now = self._clock()
+        late = {"over_session": round(now - self._end, 2)} if now > self._end else {}
+        return {"total": round(now - self.began, 2)} | late
+
     def turn(self, stage: str, step: int, total: int, reserve: float) -> bool:
         """Whether another turn of `stage`, `step` of whose `total` steps are done, may begin.
 

@@ -245,7 +245,7 @@ def finish(run: Run, results: dict[str, list[dict]], steps: dict[str, int]) -> N
     """Write summary.json and curves.svg, and print the table of the stages."""
     stages = {stage: summarise(rows) for stage, rows in results.items()}
     comparisons = compare_stages(results)
-    seconds = run.seconds | {"total": round(time.monotonic() - run.session.began, 2)}
+    seconds = run.seconds | run.session.spent()
     summary = {
         "stages": stages,
         "comparisons": comparisons,

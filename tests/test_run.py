@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -81,6 +82,16 @@ def test_a_bad_row_is_named_by_file_and_line(cfg, tmp_path, bad, words):
     run = prepare(dataclasses.replace(rows, on_bad_row="skip"))
     assert len(run.train) == 2
     assert len(run.rejects) == 1 and "rows.jsonl:2:" in run.rejects[0]
+
+
+def test_fewer_rows_than_a_rollout_takes_are_warned_of(cfg, tmp_path):
+    few = with_rows(cfg, tmp_path, *[GOOD] * 15)
+    with pytest.warns(UserWarning, match="--prompts_per_rollout: 16 of 15 training rows"):
+        prepare(few)
+    with warnings.catch_warnings(record=True) as caught:
+        prepare(dataclasses.replace(few, grpo_steps=0))
+        prepare(with_rows(cfg, tmp_path, *[GOOD] * 16))
+    assert not caught
 
 
 def test_rows_that_are_all_too_long(cfg, tmp_path):

@@ -75,6 +75,16 @@ def test_a_slow_turn_is_reckoned_with():
     assert session.turn("grpo", 4, 9, 28.0)
 
 
+def test_how_late_it_is():
+    clock = Clock()
+    session = Session("200s", clock=clock)
+    clock.now += 200.0
+    assert session.spent() == {"total": 200.0}
+    clock.now += 7.0
+    assert session.spent() == {"total": 207.0, "over_session": 7.0}
+    assert Session(clock=clock).spent() == {"total": 0.0}
+
+
 def test_no_time_at_all():
     assert turns("10s", 5, 1.0, 15.0)[0] == 0
 

@@ -278,9 +278,11 @@ def test_grpo_without_sft_starts_from_the_base_model(whole):
 
 def test_a_session_that_is_too_short_still_ends_with_evaluation_and_export(whole, capsys):
     out = whole.output_dir.replace("whole", "short_session")
-    cfg = dataclasses.replace(whole, output_dir=out, sft_steps=0, eval_limit=4, session="1s")
+    cfg = dataclasses.replace(whole, output_dir=out, sft_steps=0, eval_limit=4, session="0.01s")
     train.main(cfg)
-    assert "--session=1s: time is up after 0 of 4 GRPO steps" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "--session=0.01s: time is up after 0 of 4 GRPO steps" in printed
+    assert "over_session" in printed
     summary = json.loads(Path(f"{out}/summary.json").read_text())
     assert summary["steps"]["grpo"] == 0 and summary["stages"]["grpo"]["n"] == 4
     assert Path(f"{out}/adapter/adapter_model.safetensors").is_file()
@@ -321,6 +323,7 @@ def test_export_evaluate_and_generate_agree_with_the_run(whole, tmp_path):
     ("arguments", "words"),
     [
         (("generate",), "--prompt: must hold a question"),
+        (("generate", "--prompt=a", "--num_completions=2"), "--temperature: must be above 0 for 2"),
         (("generate", "--prompt=" + "7 " * 400), "--prompt: must be at most 256 tokens"),
         (("generate", "--prompt=a", "--adapter=nowhere"), "nowhere: must hold adapter_config.json"),
         (("evaluate", "--data=nowhere.jsonl", "--output=x"), "nowhere.jsonl: must be a readable"),
