@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from urllib.parse import urlsplit
 
+from gemma_cot.config import TrainConfig
+
 
 @dataclass(frozen=True)
 class Price:
@@ -67,8 +69,8 @@ class Settings:
     limit: int = 0
     model: str = ""
     instruction: str = ""
-    max_prompt_tokens: int = 256
-    max_completion_tokens: int = 512
+    max_prompt_tokens: int = TrainConfig.max_prompt_tokens
+    max_completion_tokens: int = TrainConfig.max_completion_tokens
     against: tuple[str, ...] = ()
     max_overlap: float = 0.0
     max_similarity: float = 0.8

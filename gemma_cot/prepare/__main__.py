@@ -12,7 +12,7 @@ from dataclasses import fields
 from absl import flags
 
 from gemma_cot import cli
-from gemma_cot.config import embedded
+from gemma_cot.config import TrainConfig, embedded
 from gemma_cot.prepare.card import markdown
 from gemma_cot.prepare.convert import DATASETS
 from gemma_cot.prepare.pipeline import Settings, check_settings, prepare
@@ -36,8 +36,11 @@ if __name__ == "__main__":
     flags.DEFINE_string("output", "", "New folder for the result.")
     flags.DEFINE_string("model", "", "Folder of the tokenizer; empty: the embedded tiny model's.")
     flags.DEFINE_string("instruction", "", "System text of the run, counted in every prompt.")
-    flags.DEFINE_integer("max_prompt_tokens", 256, "Longer prompts are discarded.")
-    flags.DEFINE_integer("max_completion_tokens", 512, "Longer targets too, stop token counted.")
+    for name, text in (
+        ("max_prompt_tokens", "Longer prompts are discarded."),
+        ("max_completion_tokens", "Longer targets too, stop token counted."),
+    ):
+        flags.DEFINE_integer(name, getattr(TrainConfig, name), text)
     flags.DEFINE_multi_string(
         "against", [], "Test set, FILE or DATASET:FILE; rows like its questions are dropped."
     )
