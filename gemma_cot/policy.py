@@ -80,6 +80,16 @@ def define_policy_flags() -> None:
     flags.DEFINE_string("mesh", "auto", "Devices as DATAxMODEL; auto: all of them on data.")
 
 
+def check_positions(cfg: ModelConfig, max_prompt_tokens: int, max_completion_tokens: int) -> None:
+    """Raise ValueError when a sample may be longer than the model's positions."""
+    longest = max_prompt_tokens + max_completion_tokens
+    if longest > cfg.max_positions:
+        raise ValueError(
+            f"--max_completion_tokens: prompt + completion must fit the model's "
+            f"{cfg.max_positions} positions, got {longest}; lower it"
+        )
+
+
 def check_temperature(values: flags.FlagValues) -> None:
     """Raise ValueError for several completions of --temperature=0."""
     if values.num_completions > 1 and values.temperature == 0:
@@ -101,12 +111,7 @@ def load_policy(values: flags.FlagValues) -> Policy:
             raise ValueError(f"--{name}: must be at least 1, got {recipe[name]}; raise it")
     cfg = ModelConfig.from_hf(read_json(Path(model_dir) / "config.json"))
     cfg = replace(cfg, attention=values.attention)
-    longest = recipe["max_prompt_tokens"] + recipe["max_completion_tokens"]
-    if longest > cfg.max_positions:
-        raise ValueError(
-            f"--max_completion_tokens: prompt + completion must fit the model's "
-            f"{cfg.max_positions} positions, got {longest}; lower it"
-        )
+    check_positions(cfg, recipe["max_prompt_tokens"], recipe["max_completion_tokens"])
     tokenizer = load_tokenizer(model_dir, cfg.vocab_size)
     lora = load_peft(values.adapter, cfg) if values.adapter else None
     dtype = resolve_dtype(values.dtype)

@@ -39,7 +39,7 @@ from gemma_cot.metrics import truncate_after
 from gemma_cot.model.load import load_pretrained
 from gemma_cot.model.params import Params
 from gemma_cot.optim import TrainState
-from gemma_cot.policy import mesh_for, resolve_dtype
+from gemma_cot.policy import check_positions, mesh_for, resolve_dtype
 from gemma_cot.results import open_results, read_protocol, write_whole
 from gemma_cot.resume import FILE, OUTPUTS, as_json, check_folder, fingerprint
 from gemma_cot.session import Interrupted, Session
@@ -274,7 +274,7 @@ def prepare(cfg: TrainConfig, session: Session | None = None) -> Run:
     model_dir = cfg.model or embedded("tiny_model")
     model_cfg = ModelConfig.from_hf(read_json(Path(model_dir) / "config.json"))
     model_cfg = dataclasses.replace(model_cfg, attention=cfg.attention, logprob=cfg.logprob)
-    check_positions(cfg, model_cfg)
+    check_positions(model_cfg, cfg.max_prompt_tokens, cfg.max_completion_tokens)
     tokenizer = load_tokenizer(model_dir, model_cfg.vocab_size)
     encode = partial(
         encode_examples,
@@ -341,16 +341,6 @@ def read_outcome(math_verify: bool):
         return outcome_reward
     symbolic.require()
     return partial(outcome_reward, matches=symbolic.answers_match_symbolic)
-
-
-def check_positions(cfg: TrainConfig, model_cfg: ModelConfig) -> None:
-    """Raise ValueError when a sample may be longer than the model's positions."""
-    longest = cfg.max_prompt_tokens + cfg.max_completion_tokens
-    if longest > model_cfg.max_positions:
-        raise ValueError(
-            f"--max_completion_tokens: prompt + completion must fit the model's "
-            f"{model_cfg.max_positions} positions, got {longest}; lower it"
-        )
 
 
 def open_run(run: Run) -> None:

@@ -24,8 +24,7 @@ from gemma_cot.plan.chips import GIB, Chip, compiler_of, devices_of
 from gemma_cot.plan.clock import bounds, iteration, iterations_in_session, measure, phases_of
 from gemma_cot.plan.fit import beside, largest_rollout, needs, refusal
 from gemma_cot.plan.programs import FUNCTIONS, Setup, call_of, compile_call
-from gemma_cot.policy import device_memory, mesh_for, resolve_dtype
-from gemma_cot.run import check_positions
+from gemma_cot.policy import check_positions, device_memory, mesh_for, resolve_dtype
 from gemma_cot.settings import (
     check_batches,
     config_from_flags,
@@ -96,7 +95,7 @@ def set_up(values: flags.FlagValues) -> tuple[Setup, Chip | None, float]:
         )
     model_cfg = read_shape(cfg.model, values.preset)
     model_cfg = dataclasses.replace(model_cfg, attention=cfg.attention, logprob=cfg.logprob)
-    check_positions(cfg, model_cfg)
+    check_positions(model_cfg, cfg.max_prompt_tokens, cfg.max_completion_tokens)
     devices, chip = devices_of(values.topology)
     if values.topology == "local":
         dtype, memory = resolve_dtype(cfg.dtype), device_memory(devices[0])
