@@ -323,7 +323,7 @@ def test_export_evaluate_and_generate_agree_with_the_run(whole, tmp_path):
     ("arguments", "words"),
     [
         (("generate",), "--prompt: must hold a question"),
-        (("generate", "--prompt=a", f"--seed={2**32}"), "not an integer in the range [0, 4294967295]"),
+        (("generate", "--prompt=a", f"--seed={2**32}"), "not an integer in the range [0, "),
         (("generate", "--prompt=a", "--num_completions=2"), "--temperature: must be above 0 for 2"),
         (("generate", "--prompt=" + "7 " * 400), "--prompt: must be at most 256 tokens"),
         (("generate", "--prompt=a", "--adapter=nowhere"), "nowhere: must hold adapter_config.json"),
