@@ -13,5 +13,5 @@ def test_check_my_kernel_passes_the_kernel_and_catches_each_bug(capsys):
         runpy.run_path(str(EXAMPLES / "check_my_kernel.py"))["main"]()
     last = [table.splitlines()[-1] for table in capsys.readouterr().out.strip().split("\n\n")]
     passed = [int(line.split(" of ")[0]) for line in last]
-    assert passed[0] == 40, "5 cases x 2 dtypes x a value and three gradients"
-    assert passed[1:] == [4, 2, 2], "of 5 x 2 values; a window of 1 hides padding and scores"
+    assert passed[0] == 48, "6 cases x 2 dtypes x a value and three gradients"
+    assert passed[1:] == [4, 2, 2], "of 6 x 2 values; a window of 1 hides padding and scores"

@@ -47,7 +47,7 @@ def check_loss(loss: Callable, weights: Callable = token_weights) -> list[Outcom
     batch, run = _draw(weights), _gradient_of(loss)
     want, outcomes = None, []
     for case, other, rows_per_micro, devices in _cases(batch):
-        row = partial_outcome(case, "float32", LIMIT)
+        row = partial_outcome(case, "float32", dict(value=LIMIT, gradient=LIMIT))
         try:
             got = _run(run, other, rows_per_micro, devices)
         except Exception as error:  # whatever a stranger's loss raises is its result

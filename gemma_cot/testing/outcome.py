@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import jax.numpy as jnp
 import numpy as np
 
 SMALLEST = 1e-3  # errors of a quantity that is 0 throughout are measured against this
@@ -24,19 +25,27 @@ class Outcome:
         return self.error <= self.limit  # False for NaN
 
 
-def partial_outcome(case: str, dtype: str, limit: float) -> Callable:
-    """Return f(what, error, message) -> Outcome of one case."""
-    return lambda what, error, message="": Outcome(case, dtype, what, error, limit, message)
+def partial_outcome(case: str, dtype: str, limits: dict[str, float]) -> Callable:
+    """Return f(what, error, message) -> Outcome of one case; limits: of each quantity."""
+    return lambda what, error, message="": Outcome(
+        case, dtype, what, error, limits[what], message
+    )
 
 
-def compare(row: Callable, got: dict, want: dict) -> list[Outcome]:
-    """Return one outcome per value and gradient in `want`, both {what: (array, counted mask)}."""
-    outcomes = []
+def compare(row: Callable, got: dict, want: dict, dtypes: dict | None = None) -> list[Outcome]:
+    """Return one outcome per value and gradient in `want`, both {what: (array, counted mask)}.
+
+    dtypes: what -> the floating dtype that `got` must have, or a wider one.
+    """
+    outcomes, dtypes = [], dtypes or {}
     for what, (truth, counted) in want.items():
         array = np.asarray(got[what][0], np.float32) if what in got else None
         if array is None or array.shape != truth.shape:
             shape = "nothing" if array is None else array.shape
             outcomes.append(row(what, float("nan"), f"must be {truth.shape}, got {shape}"))
+        elif jnp.finfo(got[what][0].dtype).bits < jnp.finfo(dtypes.get(what, jnp.bfloat16)).bits:
+            message = f"must be {dtypes[what]}, got {got[what][0].dtype}"
+            outcomes.append(row(what, float("nan"), message))
         elif not np.isfinite(array).all():
             outcomes.append(row(what, float("nan"), "not finite everywhere"))
         else:

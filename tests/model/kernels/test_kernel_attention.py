@@ -21,13 +21,13 @@ def draw(*shapes):
 
 def test_prefill_equals_the_reference_in_value_and_gradient():
     outcomes = check_kernel("prefill_attention", partial(prefill_attention, **SMALL))
-    assert len(outcomes) == 5 * 2 * 4, "5 cases, 2 dtypes, a value and 3 gradients"
+    assert len(outcomes) == 6 * 2 * 4, "6 cases, 2 dtypes, a value and 3 gradients"
     assert all(o.passed for o in outcomes), report(outcomes)
 
 
 def test_decode_equals_the_reference():
     outcomes = check_kernel("decode_attention", partial(decode_attention, **SMALL))
-    assert len(outcomes) == 6 * 2, "6 cases, 2 dtypes, a value"
+    assert len(outcomes) == 7 * 2, "7 cases, 2 dtypes, a value"
     assert all(o.passed for o in outcomes), report(outcomes)
 
 

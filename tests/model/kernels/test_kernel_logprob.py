@@ -22,7 +22,7 @@ def draw(C, D, V, seed=0):
 
 def test_equals_the_reference_in_value_and_gradient():
     outcomes = check_kernel("chosen_logprob", partial(chosen_logprob, **SMALL))
-    assert len(outcomes) == 4 * 2 * 4, "4 cases, 2 dtypes, 2 values and 2 gradients"
+    assert len(outcomes) == 5 * 2 * 4, "5 cases, 2 dtypes, 2 values and 2 gradients"
     assert all(o.passed for o in outcomes), report(outcomes)
 
 
