@@ -1,6 +1,7 @@
 """Between `ModelConfig` and the `config.json` of Hugging Face, both ways: files of JSON, dicts."""
 
 import json
+import math
 from pathlib import Path
 
 # What transformers assumes for a key that a Gemma 3 config.json leaves out.
@@ -41,7 +42,7 @@ def read_fields(hf: dict) -> dict:
 
     Raises ValueError for another architecture or for options Gemma 3 text does not have.
     """
-    text = hf.get("text_config") or hf
+    text = _dict_at(hf, "text_config") or hf
     kind = text.get("model_type", hf.get("model_type"))
     if kind not in ("gemma3", "gemma3_text"):
         raise ValueError(
@@ -51,27 +52,13 @@ def read_fields(hf: dict) -> dict:
     get = {**_HF_DEFAULTS, **{k: v for k, v in text.items() if v is not None}}.__getitem__
     for key in _HF_DEFAULTS:
         kinds = (int, float) if key in ("query_pre_attn_scalar", "rms_norm_eps") else (int,)
-        if type(get(key)) not in kinds or get(key) <= 0:
+        if type(get(key)) not in kinds or not 0 < get(key) < math.inf:
             raise ValueError(
                 f"config.json: {key} must be a number above 0, got {get(key)!r}; repair config.json"
             )
     rope_local, rope_global, rope_scale = _read_rope(text)
     num_layers = get("num_hidden_layers")
-    if text.get("final_logit_softcapping") or text.get("attn_logit_softcapping"):
-        raise ValueError(
-            "config.json: Gemma 3 has no logit soft-cap, got one; "
-            "this looks like a Gemma 2 checkpoint, use a Gemma 3 one"
-        )
-    if not text.get("tie_word_embeddings", hf.get("tie_word_embeddings", True)):
-        raise ValueError(
-            "config.json: tie_word_embeddings must be true (Gemma 3 shares embedding and "
-            "unembedding), got false; use a checkpoint with tied embeddings"
-        )
-    if text.get("use_bidirectional_attention"):
-        raise ValueError(
-            "config.json: use_bidirectional_attention must be false (each token sees the past "
-            "only), got true; use a Gemma 3 language model, not EmbeddingGemma"
-        )
+    _check_kind(text, hf)
     if get("num_attention_heads") % get("num_key_value_heads"):
         raise ValueError(
             f"config.json: num_attention_heads {get('num_attention_heads')} must be divisible "
@@ -94,6 +81,31 @@ def read_fields(hf: dict) -> dict:
         norm_eps=get("rms_norm_eps"),
         max_positions=get("max_position_embeddings"),
     )
+
+
+def _check_kind(text: dict, hf: dict) -> None:
+    """Raise ValueError for an option that Gemma 3 text does not have."""
+    activation = text.get("hidden_activation") or "gelu_pytorch_tanh"
+    if activation != "gelu_pytorch_tanh":
+        raise ValueError(
+            "config.json: hidden_activation must be 'gelu_pytorch_tanh', which Gemma 3 has, got "
+            f"{activation!r}; use a Gemma 3 checkpoint"
+        )
+    if text.get("final_logit_softcapping") or text.get("attn_logit_softcapping"):
+        raise ValueError(
+            "config.json: Gemma 3 has no logit soft-cap, got one; "
+            "this looks like a Gemma 2 checkpoint, use a Gemma 3 one"
+        )
+    if not text.get("tie_word_embeddings", hf.get("tie_word_embeddings", True)):
+        raise ValueError(
+            "config.json: tie_word_embeddings must be true (Gemma 3 shares embedding and "
+            "unembedding), got false; use a checkpoint with tied embeddings"
+        )
+    if text.get("use_bidirectional_attention"):
+        raise ValueError(
+            "config.json: use_bidirectional_attention must be false (each token sees the past "
+            "only), got true; use a Gemma 3 language model, not EmbeddingGemma"
+        )
 
 
 def write_fields(cfg) -> dict:
@@ -146,27 +158,32 @@ def _read_layer_types(text: dict, num_layers: int) -> tuple[bool, ...]:
     """Per layer, is it global? New files list `layer_types`, older ones give a pattern."""
     if text.get("layer_types"):
         kinds = text["layer_types"]
-        if len(kinds) != num_layers:
+        if not isinstance(kinds, list) or len(kinds) != num_layers:
             raise ValueError(
                 f"config.json: layer_types must have num_hidden_layers = {num_layers} entries, "
-                f"got {len(kinds)}; repair config.json"
+                f"got {len(kinds) if isinstance(kinds, list) else kinds!r}; repair config.json"
             )
-        unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+        unknown = [x for x in kinds if x not in ("full_attention", "sliding_attention")]
         if unknown:
             raise ValueError(
                 "config.json: layer_types must be full_attention or sliding_attention, got "
-                f"{', '.join(unknown)}; use a Gemma 3 checkpoint"
+                f"{unknown[0]!r}; use a Gemma 3 checkpoint"
             )
         return tuple(kind == "full_attention" for kind in kinds)
     pattern = text.get("sliding_window_pattern", text.get("_sliding_window_pattern")) or 6
+    if type(pattern) is not int or pattern < 1:
+        raise ValueError(
+            f"config.json: sliding_window_pattern must be an integer above 0, got {pattern!r}; "
+            "repair config.json"
+        )
     return five_to_one(num_layers, pattern)
 
 
 def _read_rope(text: dict) -> tuple[float, float, float]:
     """Return (local base, global base, global scale) from old, new, or mixed config.json."""
-    new = text.get("rope_parameters") or {}
-    near = new.get("sliding_attention") or {}
-    wide = (new.get("full_attention") or {}) | (text.get("rope_scaling") or {})
+    new = _dict_at(text, "rope_parameters")
+    near = _dict_at(new, "sliding_attention")
+    wide = _dict_at(new, "full_attention") | _dict_at(text, "rope_scaling")
     base_global = wide.get("rope_theta") or text.get("rope_theta") or 1_000_000.0
     base_local = near.get("rope_theta") or text.get("rope_local_base_freq") or 10_000.0
     kind = wide.get("rope_type", wide.get("type", "default"))
@@ -175,8 +192,22 @@ def _read_rope(text: dict) -> tuple[float, float, float]:
             f"config.json: RoPE scaling must be 'default' or 'linear', got {kind!r}; "
             "only Gemma 3's own scaling is supported"
         )
-    scale = float(wide.get("factor", 1.0)) if kind == "linear" else 1.0
-    return float(base_local), float(base_global), scale
+    scale = wide.get("factor", 1.0) if kind == "linear" else 1.0
+    for name, value in (("local base", base_local), ("base", base_global), ("factor", scale)):
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(
+                f"config.json: RoPE's {name} must be a number above 0, got {value!r}; repair "
+                "config.json"
+            )
+    return float(base_local), float(base_global), float(scale)
+
+
+def _dict_at(outer: dict, key: str) -> dict:
+    """Return the object at a key, {} where there is none."""
+    value = outer.get(key) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"config.json: {key} must be an object, got {value!r}; repair config.json")
+    return value
 
 
 def five_to_one(num_layers: int, pattern: int = 6) -> tuple[bool, ...]:

@@ -247,6 +247,21 @@ def _open_wandb(run: Path | None) -> tuple[Callable, Callable]:
         return nothing
 
 
+def times(
+    rollouts: list[tuple[float, float]], update: float, tokens: float, updates: int
+) -> dict[str, float]:
+    """Return the time metrics of each of so many updates: its share of `update`, the seconds that
+    all of them took, and of the rollouts' (sampling, scoring) seconds."""
+    rollout, reward = (sum(part) / updates for part in zip(*rollouts, strict=True))
+    update /= updates
+    return {
+        "seconds_rollout": rollout,
+        "seconds_reward": reward,
+        "seconds_update": update,
+        "tokens_per_second": tokens / (rollout + reward + update),
+    }
+
+
 def step_line(stage: str, step: int, total_steps: int, metrics: dict) -> str:
     """Return the one line a step prints; words whose metric is absent are left out."""
     values = {name: float(value) for name, value in metrics.items()}

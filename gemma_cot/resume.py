@@ -113,6 +113,11 @@ def read_begin(cfg: TrainConfig) -> dict:
     """Return the meta and number of the latest intact checkpoint, {} where there is none yet."""
     folder = Path(cfg.output_dir) / "checkpoints"
     number = checkpoint.latest_step(folder)
+    if number is None and (Path(cfg.output_dir) / "summary.json").exists():
+        raise ValueError(
+            f"--resume: {folder} must hold a checkpoint to go on from, got a run that has ended "
+            "and none; add --overwrite instead to delete it and start anew"
+        )
     if number is None:
         return {}
     meta = checkpoint.read_meta(folder, number)

@@ -291,6 +291,8 @@ def prepare(cfg: TrainConfig, session: Session | None = None) -> Run:
                 f"{count} {split} rows over {cfg.max_prompt_tokens} prompt or "
                 f"{cfg.max_completion_tokens} completion tokens: discarded"
             )
+    if cfg.grpo_steps and not cfg.max_reward_errors:
+        canaries.try_rewards(train, rewards, tokenizer)
     if cfg.grpo_steps and len(train) < cfg.prompts_per_rollout:
         warnings.warn(
             f"--prompts_per_rollout: {cfg.prompts_per_rollout} of {len(train)} training rows; some "
@@ -325,6 +327,11 @@ def read_rewards(cfg: TrainConfig) -> list[tuple]:
         run_code = partial(sandbox.code_reward, allow_code_execution=True)
         rewards.append(("code", run_code, cfg.code_weight))
     rewards += map(load_reward, cfg.reward)
+    if cfg.grpo_steps and not any(weight for _, _, weight in rewards):
+        raise ValueError(
+            "--outcome_weight: at least one reward must have a weight other than 0, got none; "
+            "raise one, or set --grpo_steps=0"
+        )
     names = [name for name, _, _ in rewards]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

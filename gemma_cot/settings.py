@@ -5,6 +5,7 @@ No default lives here; see config.TrainConfig and config.PRESETS. Called by the 
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -148,6 +149,10 @@ def check_config(cfg: TrainConfig) -> None:
             f"--mini_batch: must divide prompts_per_rollout {cfg.prompts_per_rollout}, got "
             f"{cfg.mini_batch}; set --mini_batch to one of {_divisors(cfg.prompts_per_rollout)}"
         )
+    for item in dataclasses.fields(cfg):
+        value = getattr(cfg, item.name)
+        if item.type is float and not math.isfinite(value) and item.name != "max_grad_norm":
+            raise refuse(item.name, "must be finite", f"lower --{item.name}")
     session_seconds(cfg.session)
     profile_range(cfg.profile_steps)
 

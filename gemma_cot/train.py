@@ -24,10 +24,11 @@ from gemma_cot.curves import draw_curves
 from gemma_cot.data import indices_for_step, target_width
 from gemma_cot.environment import describe, peak_memory_gib, write_environment
 from gemma_cot.evaluation import compare_stages, evaluate_batches, summarise, table
+from gemma_cot.grpo.reward import RewardError
 from gemma_cot.grpo.rollout import Rollout, mean_metrics
 from gemma_cot.grpo.step import make_logprobs
 from gemma_cot.lora import merge, save_peft
-from gemma_cot.metrics import MetricsWriter, read_metrics, step_line
+from gemma_cot.metrics import MetricsWriter, read_metrics, step_line, times
 from gemma_cot.model.load import save_pretrained
 from gemma_cot.optim import init_state, make_optimizer, make_schedule, split_batch
 from gemma_cot.policy import write_recipe
@@ -99,7 +100,11 @@ def train_grpo(run: Run, writer: MetricsWriter, lora, reference):
     while step < cfg.grpo_steps and run.turn("grpo", step, cfg.grpo_steps):
         profile.turn(step, updates_of(cfg), state)
         roll = partial(scored_rollout, run, logprobs, state.lora, reference, log)
-        updates, rollouts, extra, reserve = next_batches(run, roll, step, reserve)
+        try:
+            updates, rollouts, extra, reserve = next_batches(run, roll, step, reserve)
+        except ValueError:  # a reward's: what it costs is this rollout
+            run.save("grpo", step, grpo_tree(cfg, state, reference, reserve), writer.last)
+            raise
         run.keep_errors()
         updates = updates[: cfg.grpo_steps - step]
         measured, began = [], time.perf_counter()
@@ -135,12 +140,11 @@ def log_updates(
     while pending:
         done, began, updates, measured, rollouts, extra = pending.pop()
         measured, ended = jax.device_get(measured), time.perf_counter()
-        shared = mean_metrics(rollouts) | extra
+        shared, spent = mean_metrics(rollouts) | extra, [rollout.seconds for rollout in rollouts]
         for step, ((batch, _), metrics) in enumerate(zip(updates, measured, strict=True), done + 1):
             metrics = {name: float(value) for name, value in metrics.items()}
-            metrics |= shared | times(rollouts, ended - began, metrics["tokens"], len(measured))
-            metrics["learning_rate"] = float(schedule(step))
-            metrics["memory_gib"] = peak_memory_gib()
+            metrics |= shared | times(spent, ended - began, metrics["tokens"], len(measured))
+            metrics |= {"learning_rate": float(schedule(step)), "memory_gib": peak_memory_gib()}
             writer.write("grpo", step, metrics)
             watch_update(run, writer, batch)
             progress.count(1)
@@ -170,33 +174,14 @@ def watch_update(run: Run, writer: MetricsWriter, batch: dict) -> None:
         )
 
 
-def times(rollouts: list[Rollout], update: float, tokens: float, updates: int) -> dict[str, float]:
-    """Return the time metrics of each of so many updates, its share of the rollouts' seconds and of
-    `update`, those that all updates took."""
-    rollout, reward = (sum(r.seconds[i] for r in rollouts) / updates for i in (0, 1))
-    update /= updates
-    return {
-        "seconds_rollout": rollout,
-        "seconds_reward": reward,
-        "seconds_update": update,
-        "tokens_per_second": tokens / (rollout + reward + update),
-    }
-
-
 def show_samples(cfg: TrainConfig, rollouts: list[Rollout]) -> None:
-    """Print a sample of every --sample_every-th rollout."""
+    """Print a prompt of every --sample_every-th rollout, its first completion and the scores."""
     for rollout in rollouts:
         if cfg.sample_every and rollout.number % cfg.sample_every == 0:
-            print(sample_text(rollout.rows[0].example.prompt, rollout), flush=True)
-
-
-def sample_text(prompt: str, rollout: Rollout) -> str:
-    """Return a prompt and its first completion with its scores, to be printed now and then."""
-    scores = "  ".join(
-        f"{name} {'none' if values[0] is None else f'{values[0]:.1f}'}"
-        for name, values in rollout.scores.items()
-    )
-    return f"--- sample: {prompt}\n{rollout.completions[0]}\n--- {scores}"
+            first = {name: values[0] for name, values in rollout.scores.items()}
+            scores = [f"{n} {'none' if x is None else f'{x:.1f}'}" for n, x in first.items()]
+            print("--- sample:", rollout.rows[0].example.prompt)
+            print(rollout.completions[0], "\n---", "  ".join(scores), flush=True)
 
 
 def evaluate_stage(run: Run, stage: str, lora, step: int) -> list[dict]:
@@ -273,13 +258,18 @@ def main(cfg: TrainConfig) -> None:
     cli.join_hosts(cfg.coordinator, cfg.num_processes, cfg.process_id)
     with Session(cfg.session, say=partial(print, flush=True)).listening() as session:
         run = hosts.together(partial(prepare, cfg, session))
+        where = [f"--{name}={getattr(cfg, name)}" for name in HOST_FLAGS if cfg.coordinator]
+        go_on = shlex.join(["--resume", f"--output_dir={run.out}", *where])
+        go_on = f"Go on with: python -m gemma_cot.train {go_on}"
         try:
             run_stages(run)
         except Interrupted as stopped:
             run.settle()
-            where = [f"--{name}={getattr(cfg, name)}" for name in HOST_FLAGS if cfg.coordinator]
-            go_on = shlex.join(["--resume", f"--output_dir={run.out}", *where])
-            print(f"stopped by {stopped}. Go on with: python -m gemma_cot.train {go_on}")
+            print(f"stopped by {stopped}. {go_on}")
+        except RewardError:
+            run.settle()
+            print(f"saved. {go_on} --allow_changes=reward, once the reward is corrected")
+            raise
         finally:
             run.settle()
 

@@ -204,7 +204,7 @@ def test_head_counts_that_do_not_divide_are_refused():
 
 def test_an_unknown_kind_of_layer_is_refused():
     kinds = ["sliding_attention", "chunked_attention"] * 13
-    assert refused("must be full_attention or sliding_attention, got chunked", layer_types=kinds)
+    assert refused("must be full_attention or sliding_attention, got 'chunked", layer_types=kinds)
 
 
 def test_wrong_number_of_layer_types_is_refused():
@@ -223,6 +223,29 @@ def test_sizes_that_are_no_sizes_are_refused(change):
     (key,) = change
     with pytest.raises(ValueError, match=f"config.json: {key} must be a number above 0, got"):
         ModelConfig.from_hf(OLD_1B | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"hidden_activation": "relu"}, "hidden_activation must be 'gelu_pytorch_tanh'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "RoPE's factor must be a number"),
+        ({"rope_scaling": {"type": "linear", "factor": None}}, "RoPE's factor must be a number"),
+        ({"rope_scaling": [1]}, "rope_scaling must be an object"),
+        ({"rope_theta": -1}, "RoPE's base must be a number above 0, got -1"),
+        ({"rope_local_base_freq": "a"}, "RoPE's local base must be a number"),
+        ({"rope_parameters": [1]}, "rope_parameters must be an object"),
+        ({"rope_parameters": {"full_attention": 5}}, "full_attention must be an object"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number above 0, got nan"),
+        ({"sliding_window_pattern": -3}, "sliding_window_pattern must be an integer above 0"),
+        ({"sliding_window_pattern": "6"}, "sliding_window_pattern must be an integer above 0"),
+        ({"layer_types": [1] * 26}, "must be full_attention or sliding_attention, got 1"),
+        ({"layer_types": 5}, "must have num_hidden_layers = 26 entries, got 5"),
+        ({"text_config": [1]}, "text_config must be an object"),
+    ],
+)
+def test_what_gemma_3_cannot_be_is_refused(change, match):
+    assert refused(f"config.json: .*{match}", **change)
 
 
 def test_an_empty_text_config_is_none():

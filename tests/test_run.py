@@ -242,21 +242,53 @@ def test_a_large_weight_file_is_told_by_size_and_pieces(tmp_path):
 
 
 def test_flags_that_are_not_given_come_from_the_run_that_is_resumed(cfg):
-    open_run(prepare(dataclasses.replace(cfg, beta=0.5, reward=("math:sqrt=2",))))
+    open_run(prepare(dataclasses.replace(cfg, beta=0.5, reward=("test_run:ones=2",))))
     values = flags.FlagValues()
     define_flags(values)
     given = ["train", "--resume", f"--output_dir={cfg.output_dir}", "--sample_every=3"]
     values(given)
     got = config_from_flags(values)
-    assert (got.beta, got.reward, got.eval_limit, got.sample_every) == (0.5, ("math:sqrt=2",), 2, 3)
+    assert (got.beta, got.reward) == (0.5, ("test_run:ones=2",))
+    assert (got.eval_limit, got.sample_every) == (2, 3)
     assert got.resume and got.output_dir == cfg.output_dir
     values(["train", *given[1:], "--preset=tiny"])  # a preset that is given counts as flags do
     with pytest.raises(ValueError, match="2 that differ: beta 0.5 then, 0.02 now; .*eval_limit"):
-        prepare(dataclasses.replace(config_from_flags(values), reward=("math:sqrt=2",)))
+        prepare(dataclasses.replace(config_from_flags(values), reward=("test_run:ones=2",)))
 
 
 def test_resuming_nothing(cfg):
     refused(dataclasses.replace(cfg, resume=True), "--resume", "must hold a run")
+
+
+def test_resuming_a_run_that_has_ended_and_lost_its_checkpoints_is_refused(cfg):
+    open_run(prepare(cfg))
+    assert prepare(dataclasses.replace(cfg, resume=True)).begin == {}, "killed before its first"
+    (Path(cfg.output_dir) / "summary.json").write_text("{}")
+    with pytest.raises(ValueError, match="--resume: .*checkpoints must hold a checkpoint to go on"):
+        prepare(dataclasses.replace(cfg, resume=True))
+
+
+def test_a_run_without_any_reward_is_refused(cfg):
+    without = dict.fromkeys(("format_weight", "process_weight", "outcome_weight"), 0.0)
+    none = dataclasses.replace(cfg, **without)
+    refused(none, "--outcome_weight: at least one reward must have a weight other than 0")
+    assert read_rewards(dataclasses.replace(none, grpo_steps=0))
+    assert read_rewards(dataclasses.replace(none, reward=("test_run:fragile=-1",)))
+
+
+def test_a_reward_that_cannot_score_is_refused_before_anything_is_done(cfg):
+    own = dataclasses.replace(cfg, reward=("test_run:scores_in_a_tuple",))
+    refused(own, "scores_in_a_tuple - must return a list - got type tuple")
+    prepare(dataclasses.replace(own, grpo_steps=0))
+    prepare(dataclasses.replace(own, max_reward_errors=1))
+
+
+def ones(completions, **columns):
+    return [1.0 for _ in completions]
+
+
+def scores_in_a_tuple(completions, **columns):
+    return tuple(1.0 for _ in completions)
 
 
 def test_rewards_that_cannot_be_used(cfg):

@@ -169,6 +169,8 @@ def test_every_number_has_a_bound():
             r"--mini_batch: must divide prompts_per_rollout 6, got 4; .* one of \[1, 2, 3, 6\]",
         ),
         (dict(session="9"), "--session: must be a time"),
+        (dict(temperature=INF), "--temperature: must be finite, got inf; lower --temperature"),
+        (dict(sft_learning_rate=INF), "--sft_learning_rate: must be finite, got inf"),
         (dict(seed=2**32), r"--seed: must be below 2\*\*32, .* got 4294967296; lower it"),
         (dict(output_dir=""), "--output_dir: must name a folder, got ''"),
         (dict(keep_best="rewards"), "--keep_best: must be a metric or -metric, got 'rewards'"),

@@ -26,7 +26,7 @@ from gemma_cot.model.load import load_pretrained
 from gemma_cot.replay import begin_of, open_replay, replay, same_tokens
 from gemma_cot.results import read_results
 from gemma_cot.traces import PER_TOKEN, read_trace, traced_steps
-from gemma_cot.turn import next_batches
+from gemma_cot.turn import first_adapter, next_batches, roll_out
 
 USER_REWARD = """
 import os, signal
@@ -133,13 +133,17 @@ def test_exports_hold_the_trained_policy(whole):
     assert sum(changed) == 7  # the seven projections, and nothing else
 
 
-def test_a_broken_reward_ends_the_run_and_resuming_gives_the_same_numbers(whole, user_reward):
+def test_a_broken_reward_ends_the_run_and_resuming_gives_the_same_numbers(
+    whole, user_reward, capsys
+):
     out = whole.output_dir.replace("whole", "broken")
-    cfg = dataclasses.replace(whole, output_dir=out)
+    cfg = dataclasses.replace(whole, output_dir=out, checkpoint_every=0)
     user_reward.calls, user_reward.fail_at = 0, 2  # in the second rollout
     with pytest.raises(RewardError, match="short - must not raise - got RuntimeError: reward"):
         train.main(cfg)
     user_reward.fail_at = None
+    command = f"saved. Go on with: python -m gemma_cot.train --resume --output_dir={out} "
+    assert command + "--allow_changes=reward" in capsys.readouterr().out
     assert [row["step"] for row in numbers(out)] == [1, 2, 1, 2]
     train.main(dataclasses.replace(cfg, resume=True))
     assert numbers(out) == numbers(whole.output_dir)
@@ -213,6 +217,20 @@ def test_a_step_is_made_again_from_the_checkpoint_before_it(whole):
         begin_of(whole, 1)  # the checkpoint after SFT is not kept
     with pytest.raises(ValueError, match="must be one of the run's 4 GRPO steps, got 5"):
         begin_of(whole, 5)
+
+
+def test_a_prompt_that_comes_twice_in_a_rollout_is_drawn_anew(whole):
+    run = open_replay(whole.output_dir, whole.mesh)
+
+    def completions(*chosen):
+        with jax.set_mesh(run.mesh):
+            rows = [run.train[i] for i in chosen]
+            samples = jax.device_get(roll_out(run, first_adapter(run), rows, 0))
+        return samples.tokens_BT.reshape(4, 2, -1)[:, :, run.width :].tolist()
+
+    first, other, second, third = completions(0, 1, 0, 0)
+    assert first != second != third != first
+    assert [first, other] == completions(0, 1, 2, 3)[:2], "the first time as where it comes once"
 
 
 def test_a_rollout_feeds_several_passes_with_one_pi_old(whole, user_reward):

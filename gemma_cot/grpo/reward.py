@@ -182,7 +182,7 @@ def checkpoint_hits(
 _normalised = lru_cache(maxsize=4096)(normalise)  # a row's checkpoints come back G times a rollout
 
 
-_DIGITS = re.compile(r"\d(?s:.*\d)?")  # from the first digit to the last
+_DIGITS = re.compile(r"(?:(?<!\w)\.)?\d(?s:.*\d)?")  # from the first number to the last
 
 
 def _stands_in(text: str, checkpoint: str) -> bool:
@@ -200,10 +200,10 @@ def _stands_in(text: str, checkpoint: str) -> bool:
 
 
 def _number_goes_on_before(text: str, position: int) -> bool:
-    """Return whether the digit at `position` has digits of the same number to its left."""
+    """Return whether the digit or point at `position` has digits of its number to its left."""
     left = text[max(position - 2, 0) : position]
     before, further = left[-1:], left[:-1]
-    if before == ".":
+    if before == "." != text[position]:
         return not further.isalpha()  # ".5" and "1.5" are numbers, "done.5" starts a sentence
     return before.isdecimal() or (before == "," and further.isdecimal())
 

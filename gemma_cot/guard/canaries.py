@@ -56,6 +56,17 @@ HACKS: dict[str, Callable[[Example], str]] = {
 }
 
 
+def try_rewards(rows: list[Encoded], rewards: list[tuple], tokenizer: Tokenizer) -> None:
+    """Call every reward on the `chosen` completion of a row of each domain, for what it would
+    raise in the first rollout. Raises RewardError, one line.
+    """
+    rows = list({row.example.domain: row for row in reversed(rows)}.values())
+    texts = [row.example.chosen for row in rows]
+    prompts, columns = _asked(texts, rows, tokenizer)
+    for name, function, _ in rewards:
+        checked(name, function)(prompts, texts, **columns)
+
+
 def score_canaries(rows: list[Encoded], rewards: list[tuple], tokenizer: Tokenizer) -> dict:
     """Return what hacks and honest completions earn: {"honest": {...}, hack: {...}, ...}.
 
@@ -72,8 +83,7 @@ def score_canaries(rows: list[Encoded], rewards: list[tuple], tokenizer: Tokeniz
 
 def _earned(texts: list[str], rows: list[Encoded], rewards: list[tuple], tokenizer) -> dict:
     """Return the mean weighted total, and the mean of every reward, of a completion per row."""
-    prompts, columns = reward_columns(rows, 1)
-    columns["completion_ids"] = [encode_target(tokenizer, text) for text in texts]
+    prompts, columns = _asked(texts, rows, tokenizer)
     try:
         scores = {name: checked(name, f)(prompts, texts, **columns) for name, f, _ in rewards}
     except RewardError as error:
@@ -84,6 +94,12 @@ def _earned(texts: list[str], rows: list[Encoded], rewards: list[tuple], tokeniz
         name: _mean([value for value in values if value is not None])
         for name, values in scores.items()
     }
+
+
+def _asked(texts: list[str], rows: list[Encoded], tokenizer) -> tuple[list[str], dict]:
+    """Return (prompts, columns) that rewards are given with a completion per row."""
+    prompts, columns = reward_columns(rows, 1)
+    return prompts, columns | {"completion_ids": [encode_target(tokenizer, t) for t in texts]}
 
 
 def _mean(values: list[float]) -> float | None:

@@ -4,8 +4,10 @@ Called by run, the canaries and the linter.
 """
 
 import importlib
+import inspect
 import math
 import numbers
+from collections.abc import Callable
 
 from gemma_cot.grpo.reward import RewardError, RewardFunction, completion_text
 
@@ -49,6 +51,8 @@ def checked(
     It raises RewardError, one line, naming the function that failed, how, and on which completion.
     Where `errors` is a list, a row on which `function` raises gets None, and its input goes there.
     """
+    function = _as_trl_calls(function)
+
     def call(prompts: list, completions: list, **columns) -> list[float | None]:
         try:
             values = function(prompts, completions, **columns)
@@ -65,6 +69,24 @@ def checked(
         return _scores(name, values, len(completions))
 
     return call
+
+
+def _as_trl_calls(function: Callable) -> RewardFunction:
+    """Return f(prompts, completions, **columns) that gives both by name, as TRL does, to a function
+    that knows `completions` by name and not only as its second argument."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of a builtin
+        return function
+    kinds = {parameter.kind for parameter in parameters.values()}
+    by_name = "completions" in parameters or kinds == {inspect.Parameter.VAR_KEYWORD}
+    if not by_name or list(parameters)[1:2] == ["completions"] and (
+        parameters["completions"].kind is not inspect.Parameter.KEYWORD_ONLY
+    ):
+        return function
+    return lambda prompts, completions, **columns: function(
+        prompts=prompts, completions=completions, **columns
+    )
 
 
 def _one_by_one(

@@ -117,6 +117,8 @@ def count_up_to(cdf_BC: jax.Array, u_B1: jax.Array) -> jax.Array:
 
 def row_keys(key: jax.Array, prompt_P: jax.Array, num_completions: int) -> jax.Array:
     """Return `key_B`: key folded with the prompt's number, then with the completion's index."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)  # of jax.random.PRNGKey
     key_P = jax.vmap(jax.random.fold_in, (None, 0))(key, prompt_P)
     group = jax.vmap(jax.random.fold_in, (None, 0))
     return jax.vmap(group, (0, None))(key_P, jnp.arange(num_completions)).reshape(-1)

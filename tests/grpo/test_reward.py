@@ -135,6 +135,8 @@ def test_process_skips_blank_and_duplicate_checkpoints():
     ("Light Energy is", "light energy"), ("( 3 + 4 ) * 2 = 14", "(3+4)*2=14"),
     ("50 % of 8", "50% of 8"), ("4*2=80, so 4*2=8", "4*2=8"), ("first, 4*2=8, then", "4*2=8"),
     ("done.4*2=8.", "4*2=8"), ("1. 4*2=8", "4*2=8"), ("x4*2=8y", "4*2=8"), ("a 4*2=8, 9", "4*2=8"),
+    ("so .5*2=1", ".5 * 2 = 1"), ("-.5+1=.5", "-.5 + 1 = .5"), ("($.5+1)*2=3", "(.5+1)*2=3"),
+    ("done.5+3=8", ".5+3=8"),
 ])
 def test_normalised_matcher_finds_the_step_in_another_spelling(reasoning, checkpoint):
     assert checkpoint_hits(reasoning, [checkpoint]) == (1, 1)
@@ -142,6 +144,7 @@ def test_normalised_matcher_finds_the_step_in_another_spelling(reasoning, checkp
 
 @pytest.mark.parametrize(("reasoning", "checkpoint"), [
     ("4*2=80", "4*2=8"), ("14*2=8", "4*2=8"), ("4*2=8.5", "4*2=8"), ("4*2=8,500", "4*2=8"),
+    ("0.5*2=1", ".5*2=1"), ("1.5*2=3", ".5*2=3"), ("1,.5*2=1", ".5*2=1"), (".5*2=1", "5*2=1"),
     ("0.4*2=8", "4*2=8"), (".4*2=8", "4*2=8"), ("1,4*2=8", "4*2=8"), ("15", "5"), ("150", "15"),
     ("$15", "5"), ("4*2=8.5", "4*2=8."), ("4 * 2", "4 * 2 = 8"), ("4 + 2 = 8", "4 * 2 = 8"),
     ("light  energies", "light energy"), ("-14*2=8", "-4*2=8"), ("4*2=8٣", "4*2=8"),

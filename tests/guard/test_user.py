@@ -65,6 +65,22 @@ def test_columns_are_passed_on_as_keyword_lists():
     assert seen == {"prompts": ["p"], "completions": ["c"], "level": [3]}
 
 
+TRL_STYLES = [
+    lambda completions, **kwargs: [float(len(c)) for c in completions],
+    lambda completions, prompts, **kwargs: [float(len(c)) for c in completions],
+    lambda completions, prompts=None, level=None: [float(len(c)) for c in completions],
+    lambda *, prompts, completions, level: [float(len(c)) for c in completions],
+    lambda **given: [float(len(c)) for c in given["completions"]],
+    lambda p, c, **columns: [float(len(x)) for x in c],
+    lambda *both, **columns: [float(len(x)) for x in both[1]],
+]
+
+
+@pytest.mark.parametrize("function", TRL_STYLES, ids=range(len(TRL_STYLES)))
+def test_prompts_and_completions_go_by_name_where_a_function_has_the_names(function):
+    assert checked("f", function)(["p"], ["four"], level=[3]) == [4.0]
+
+
 @pytest.mark.parametrize("value", [
     True, 1, 0.5, np.float32(0.5), np.float64(0.5), np.int64(1), np.bool_(True), np.array(0.5),
 ])

@@ -217,6 +217,8 @@ def test_row_keys_are_the_prompts_key_folded_with_the_completion():
     want = jax.random.key_data(jax.random.fold_in(jax.random.fold_in(key, 9), 2))
     np.testing.assert_array_equal(data[1 * 3 + 2], want)
     assert len({tuple(row) for row in data.tolist()}) == 6
+    raw = row_keys(jax.random.PRNGKey(3), jnp.asarray([8, 9], jnp.uint32), 3)
+    np.testing.assert_array_equal(jax.random.key_data(raw), data)
 
 
 # -- the distribution of one draw
