@@ -5,8 +5,11 @@ Called by run; knows no model.
 """
 
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -19,7 +22,7 @@ from gemma_cot.hf_config import read_json
 from gemma_cot.model.load import weight_files
 from gemma_cot.policy import resolve_dtype
 
-FILE = "fingerprint.json"
+FILE, LOCK = "fingerprint.json", ".lock"
 OUTPUTS = ("config.json", "metrics.jsonl", "summary.json", "rejects.txt", "reward_errors.jsonl",
            "curves.svg", "bad", "eval",
            "checkpoints", "adapter", "merged", "tensorboard", "traces", "profile", "wandb",
@@ -107,6 +110,22 @@ def check_folder(cfg: TrainConfig, prints: dict) -> dict:
             f"{', '.join(others)} of something else; choose another folder"
         )
     return {}
+
+
+def take(folder: Path) -> None:
+    """Take a run's folder for this process, until it ends in whatever way. Raises ValueError, one
+    line, where another process of this machine has it."""
+    fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)  # stays open: closing gives it back
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return  # a file system without locks
+        raise ValueError(
+            f"--output_dir: {folder} must be in use by no other run, got one that goes on there, "
+            f"process {os.read(fd, 20).decode()}; wait for it, stop it or choose another folder"
+        ) from None
+    os.pwrite(fd, f"{os.getpid()}".ljust(20).encode(), 0)
 
 
 def read_begin(cfg: TrainConfig) -> dict:

@@ -41,7 +41,7 @@ from gemma_cot.model.params import Params
 from gemma_cot.optim import TrainState
 from gemma_cot.policy import check_positions, mesh_for, resolve_dtype
 from gemma_cot.results import open_results, read_protocol, write_whole
-from gemma_cot.resume import FILE, OUTPUTS, as_json, check_folder, fingerprint
+from gemma_cot.resume import FILE, OUTPUTS, as_json, check_folder, fingerprint, take
 from gemma_cot.session import Interrupted, Session
 from gemma_cot.settings import check_batches, cut_batches
 from gemma_cot.tokenizer import Tokenizer, load_tokenizer
@@ -351,7 +351,12 @@ def read_outcome(math_verify: bool):
 
 
 def open_run(run: Run) -> None:
-    """Make the run's folder: config.json, and metrics.jsonl cut back to the last checkpoint."""
+    """Make the run's folder: config.json, and metrics.jsonl cut back to the last checkpoint.
+
+    Raises ValueError, one line, where another process is at work there.
+    """
+    run.out.mkdir(parents=True, exist_ok=True)
+    take(run.out)
     if run.cfg.overwrite:
         for name in OUTPUTS:
             path = run.out / name
@@ -359,7 +364,6 @@ def open_run(run: Run) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-    run.out.mkdir(parents=True, exist_ok=True)
     for name, content in ((FILE, run.fingerprint), ("config.json", as_json(run.cfg))):
         write_whole(run.out / name, json.dumps(content, indent=2) + "\n")
     if run.rejects:

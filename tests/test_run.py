@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -258,6 +259,35 @@ def test_flags_that_are_not_given_come_from_the_run_that_is_resumed(cfg):
 
 def test_resuming_nothing(cfg):
     refused(dataclasses.replace(cfg, resume=True), "--resume", "must hold a run")
+
+
+LOCKING = """
+import fcntl, os, sys
+fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+fcntl.lockf(fd, fcntl.LOCK_EX)
+os.write(fd, str(os.getpid()).encode())
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_in_which_another_process_works_is_left_alone(cfg):
+    out = Path(cfg.output_dir)
+    out.mkdir()
+    command = [sys.executable, "-c", LOCKING, out / ".lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"locked\n"
+        for name in OUTPUTS:
+            (out / name).write_text("{}")
+        for flag in ("resume", "overwrite"):
+            run = dataclasses.replace(prepare(dataclasses.replace(cfg, output_dir=f"{out}.new")),
+                                      cfg=dataclasses.replace(cfg, **{flag: True}))  # fmt: skip
+            with pytest.raises(ValueError, match=f"--output_dir: .*, process {other.pid}; wait"):
+                open_run(run)
+        assert all((out / name).read_text() == "{}" for name in OUTPUTS)
+        other.kill()
+    open_run(run)
+    assert (out / ".lock").read_text().strip() == str(os.getpid())
 
 
 def test_resuming_a_run_that_has_ended_and_lost_its_checkpoints_is_refused(cfg):

@@ -103,6 +103,8 @@ def load_peft(directory: str | Path, cfg: ModelConfig) -> Lora:
     rank, scale = read_scale(directory / CONFIG)
     sizes = cfg.sizes | {"R": rank}
     stored = read_tensors(directory / WEIGHTS)
+    made_for = read_json(directory / CONFIG).get("base_model_name_or_path")
+    source = f"--model and {CONFIG} (an adapter of {made_for})"
     layers: dict = {}
     for target in TARGETS:
         pair = pair_leaves(target)
@@ -118,7 +120,7 @@ def load_peft(directory: str | Path, cfg: ModelConfig) -> Lora:
                         f"every layer of {target}), got none; save the adapter of all layers"
                     )
             layers[target][part] = jnp.stack(
-                [from_stored(leaf, sizes, stored.pop(name), name, CONFIG) for name in names[part]]
+                [from_stored(leaf, sizes, stored.pop(name), name, source) for name in names[part]]
             )
     if stored or not layers:
         raise ValueError(

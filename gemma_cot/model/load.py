@@ -98,7 +98,7 @@ def from_stored(
     if stored.shape != expected:
         raise ValueError(
             f"tensor {name}: shape must be {expected} by {source}, got {stored.shape}; "
-            f"the weights and {source} are of different models"
+            "these are of different models"
         )
     flat = "".join(groups)
     return stored.reshape(shape_of(flat, sizes)).transpose([flat.index(c) for c in letters])
