@@ -25,7 +25,8 @@ def run(main: Callable[[], None]) -> None:
 
     Exit code 2 and one line on stderr for bad flags, for any ValueError (the error of bad input
     everywhere in this package; RewardError is one), and where the disk is full or a file may not be
-    written; other exceptions are bugs and show a traceback. A warning is one line on stderr.
+    written; 130 and one line for Ctrl-C, where the command has no end of its own for it; other
+    exceptions are bugs and show a traceback. A warning is one line on stderr.
     """
     app.run(lambda argv: _crashing(main, argv), flags_parser=_parse)
 
@@ -92,6 +93,9 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> None:
         if type(error) not in (ValueError, RewardError):
             raise  # a subclass that a library raised: a bug, not bad input
         _refuse(str(error))
+    except KeyboardInterrupt as stopped:
+        print("\nstopped by SIGINT", *stopped.args, file=sys.stderr)
+        hosts.leave(130)
     except OSError as error:
         if error.errno not in DISK:
             raise

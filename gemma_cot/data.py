@@ -62,7 +62,8 @@ def read_jsonl(path: str | Path, on_bad_row: str = "fail") -> tuple[list[Example
             examples.append(parse_row(line, number))
         except ValueError as error:
             if on_bad_row == "fail":
-                raise ValueError(f"{path}:{number}: {error}; correct or delete the line") from None
+                raise ValueError(f"{path}:{number}: {error}; correct or delete the line or set "
+                                 "--on_bad_row=skip") from None  # fmt: skip
             rejects.append(f"{path}:{number}: {error}")
     if not examples:
         first = f", the first {rejects[0]}" if rejects else ""

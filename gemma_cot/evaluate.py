@@ -186,16 +186,20 @@ def evaluate() -> None:
     ids = {result["id"] for result in results}
     left = [row for row in rows if row.example.id not in ids]
     began, fresh = time.monotonic(), []
-    for part in evaluate_batches(
-        policy.params, policy.cfg, policy.lora, policy.tokenizer, left, policy.mesh,
-        width=prompt_width(rows), max_new_tokens=policy.max_completion_tokens, batch=FLAGS.batch,
-        matcher=FLAGS.process_matcher, outcome=functions["outcome"], code=functions.get("code"),
-        num_completions=FLAGS.num_completions, temperature=FLAGS.temperature, seed=FLAGS.seed,
-        done=len(results),
-    ):  # fmt: skip
-        if hosts.is_writer():
-            append_results(FLAGS.output, part)
-        fresh += part
+    try:
+        for part in evaluate_batches(
+            policy.params, policy.cfg, policy.lora, policy.tokenizer, left, policy.mesh,
+            width=prompt_width(rows), max_new_tokens=policy.max_completion_tokens,
+            batch=FLAGS.batch, matcher=FLAGS.process_matcher, outcome=functions["outcome"],
+            code=functions.get("code"), num_completions=FLAGS.num_completions,
+            temperature=FLAGS.temperature, seed=FLAGS.seed, done=len(results),
+        ):  # fmt: skip
+            if hosts.is_writer():
+                append_results(FLAGS.output, part)
+            fresh += part
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"- {FLAGS.output} has {len(results) + len(fresh)} of {len(rows)} "
+                                "rows; --resume goes on") from None  # fmt: skip
     if not hosts.is_writer():
         return
     seconds = time.monotonic() - began

@@ -50,7 +50,7 @@ METRICS = {
     "logp_drift_mean": "Mean of that difference; float noise only, below 1e-4 in float32.",
     "tokens_per_second": "Completion tokens (`tokens`) per second of the whole step.",
     "memory_gib": "Most memory so far in GiB: of the fullest device or, on a CPU, of the process.",
-    "seconds_rollout": "Seconds spent sampling completions.",
+    "seconds_rollout": "Seconds spent sampling completions, and starting their log-probs.",
     "seconds_reward": "Seconds spent scoring completions on the host.",
     "seconds_update": "Seconds spent on log-probs, gradients and the optimiser.",
 }

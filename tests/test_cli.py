@@ -49,6 +49,17 @@ def test_bugs_show_a_traceback(error):
         cli._guarded(main, ["command"])
 
 
+@pytest.mark.parametrize(("told", "line"), [([], ""), (["- 3 rows done"], " - 3 rows done")])
+def test_ctrl_c_is_one_line_and_exit_code_130(told, line, capsys):
+    def main():
+        raise KeyboardInterrupt(*told)
+
+    with pytest.raises(SystemExit) as ended:
+        cli._guarded(main, ["command"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == f"\nstopped by SIGINT{line}\n"
+
+
 def test_jax_tells_of_each_program_that_it_compiled():
     seen = []
 

@@ -31,7 +31,7 @@ from gemma_cot.data import encode_examples, read_jsonl
 from gemma_cot.distill.collect import Gate, worst_usd
 from gemma_cot.distill.command import describe
 from gemma_cot.distill.journal import Journal
-from gemma_cot.distill.pipeline import distill, estimate, table
+from gemma_cot.distill.pipeline import distill, estimate, read_input, table
 from gemma_cot.distill.settings import (
     Price,
     Settings,
@@ -41,7 +41,7 @@ from gemma_cot.distill.settings import (
 )
 from gemma_cot.distill.teacher import open_client, wait_of
 from gemma_cot.prepare import pipeline as prepare_pipeline
-from gemma_cot.tokenizer import load_tokenizer
+from gemma_cot.tokenizer import encode_prompt, load_tokenizer
 
 KEY = "sk-0123456789abcdef"
 
@@ -360,7 +360,14 @@ def test_a_dry_run_shows_the_very_request_and_sends_none(make, tokenizer):
     assert plan["likely_usd"] is None
     # 6 answers of 50 tokens at 1 dollar a million, and 0.3 tokens a character at 0.1
     assert later["likely_usd"] == pytest.approx(300e-6 + later["prompt_tokens"] * 0.1e-6)
+    prompts = [question.prompt for question in read_input(cfg, tokenizer).questions]
+    lengths = [len(encode_prompt(tokenizer, prompt)) for prompt in prompts]
+    short = dataclasses.replace(cfg, max_prompt_tokens=min(lengths))
+    longer = sum(length > min(lengths) for length in lengths)
+    shown = describe(short, estimate(short, tokenizer))
+    assert longer and f"not asked: {longer} prompt_too_long" in shown
     text = describe(cfg, plan)
+    assert "not asked" not in text
     assert f"POST {server.url}/chat/completions" in text and "at most $" in text
     assert "Bearer $DEEPSEEK_API_KEY" in text and json.dumps(sent, indent=2) in text
 

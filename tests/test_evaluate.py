@@ -7,8 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from commands import refused_line
+from commands import refused_line, run_here
 
+from gemma_cot import evaluation
 from gemma_cot.config import embedded
 from gemma_cot.evaluate import comparison
 from gemma_cot.guard.canaries import HACKS
@@ -108,6 +109,21 @@ def test_a_torn_evaluation_goes_on_and_ends_the_same(whole, data, tmp_path):
     assert "answer right: 0.0 -> 0.0 %, difference +0.0" in done.stdout
     assert done.stdout.count("no difference shown") == 5 and "improved" not in done.stdout
     assert "\n0 rows changed" in done.stdout
+
+
+def test_ctrl_c_says_what_is_kept(whole, data, tmp_path, monkeypatch, capsys):
+    rows, out = read_results(whole[0]), tmp_path / "torn.jsonl"
+
+    def batches(*_, **__):
+        yield rows[:2]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "evaluate_batches", batches)
+    arguments = (f"--output={out}", f"--data={data}", *ASKED)
+    code, _, err = run_here("gemma_cot.evaluate", *arguments, capsys=capsys)
+    assert code == 130
+    assert err.endswith(f"stopped by SIGINT - {out} has 2 of 6 rows; --resume goes on\n")
+    assert read_results(out) == rows[:2]
 
 
 def test_two_files_are_compared_without_a_model(whole, tmp_path):

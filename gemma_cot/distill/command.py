@@ -99,6 +99,7 @@ def describe(cfg: Settings, plan: dict) -> str:
         f"{plan['to_ask']} of {plan['questions']} questions to ask, about "
         f"{plan['prompt_tokens']} input tokens (0.3 a character)",
     ]
+    lines += [f"not asked: {n} {reason}" for reason, n in sorted(plan["not_asked"].items())]
     if plan["worst_usd"] is None:
         return "\n".join([*lines, "no price known: set --price=CACHED,INPUT,OUTPUT"])
     lines.append(

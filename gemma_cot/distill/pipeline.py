@@ -175,6 +175,7 @@ def estimate(cfg: Settings, tokenizer: Tokenizer) -> dict:
     return {
         "request": bodies[0] if bodies else None,
         "questions": len(found.questions),
+        "not_asked": Counter(entry["reason"] for entry in found.rejects),
         "to_ask": len(bodies),
         "prompt_tokens": usage["prompt_tokens"],
         "worst_usd": sum(worst_usd(price, body) for body in bodies) if price else None,

@@ -53,6 +53,10 @@ def markdown(report: Report) -> str:
     lines += ["| split | domain | reasoning | rows |", "|---|---|---|---|"]
     groups = sorted(report.groups.items())
     lines += [f"| {' | '.join(group)} | {count} |" for group, count in groups]
+    if any(kind == "none" for _, _, kind in report.groups):
+        lines += ["", "Reasoning `none`: the file has no worked solution and the target only names "
+                  "the answer; use these rows for GRPO or evaluation, or let a teacher write "
+                  "solutions (distill): SFT on them teaches to skip the steps."]  # fmt: skip
     lines += ["", "## Lengths (min / median / 90 % / 99 % / max)", ""]
     lines += [f"- {name}: {quantiles(counts)}" for name, counts in report.lengths.items()]
     lines.append(f"- rows without a checkpoint: {report.lengths['checkpoints'][0]}")

@@ -13,6 +13,7 @@ nothing enforces. Only this machine can connect, and no key is asked for.
 
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from absl import flags
@@ -42,7 +43,8 @@ def main() -> None:
     app = make_app(policy, name, FLAGS.batch, FLAGS.seed)
     address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
     print(f"{name} at {address}", file=sys.stderr, flush=True)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+    with suppress(KeyboardInterrupt):  # which uvicorn raises again when all is shut down
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
 
 
 if __name__ == "__main__":

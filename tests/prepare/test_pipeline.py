@@ -11,7 +11,7 @@ import pytest
 
 from gemma_cot.data import MAX_LINE, read_jsonl
 from gemma_cot.prepare import filters
-from gemma_cot.prepare.card import quantiles
+from gemma_cot.prepare.card import markdown, quantiles
 from gemma_cot.prepare.convert import read_rows
 from gemma_cot.prepare.filters import grams, in_eval, near_duplicates
 from gemma_cot.prepare.pipeline import prepare
@@ -73,6 +73,9 @@ def test_every_dropped_row_is_listed_with_its_reason(cfg, tokenizer, tmp_path):
     assert report.rows_in == 12 and report.kept == 2 and sum(report.reasons.values()) == 10
     card = (Path(cfg.output) / "card.md").read_text()
     assert "| dropped: near_duplicate | 1 |" in card and "| kept | 2 |" in card
+    assert "Reasoning `none`" not in card
+    report.groups["train", "science", "none"] += 1
+    assert "Reasoning `none`: the file has no worked solution" in markdown(report)
     assert (Path(cfg.output) / "lengths.svg").read_text().startswith("<svg")
 
 
