@@ -114,8 +114,8 @@ def roll_out(run: Run, lora, rows: list, number: int):
     cfg = run.cfg
     key = jax.random.fold_in(jax.random.key(cfg.seed), ROLLOUT_KEY)
     key = jax.random.fold_in(key, number)
-    ids, many = [row.example.id for row in rows], run.train[-1].example.id + 1
-    ids = [x + many * ids[:i].count(x) for i, x in enumerate(ids)]  # twice the same: drawn anew
+    ids, beyond = [row.example.id for row in rows], run.train[-1].example.id + 1
+    ids = [x + beyond * ids[:i].count(x) for i, x in enumerate(ids)]  # again: drawn anew
     return sample_prompts(
         run.params, run.model_cfg, lora, [row.prompt_ids for row in rows], run.width, key, run.mesh,
         prompt_ids=ids, num_completions=cfg.num_generations,
