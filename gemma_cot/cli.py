@@ -94,8 +94,9 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> None:
             raise  # a subclass that a library raised: a bug, not bad input
         _refuse(str(error))
     except KeyboardInterrupt as stopped:
-        print("\nstopped by SIGINT", *stopped.args, file=sys.stderr)
-        hosts.leave(130)
+        print("\nstopped by SIGINT", *stopped.args, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(130)  # threads that compile would crash an orderly exit
     except OSError as error:
         if error.errno not in DISK:
             raise

@@ -103,7 +103,7 @@ def check_folder(cfg: TrainConfig, prints: dict) -> dict:
         )
     if out.exists() and not out.is_dir():
         raise ValueError(f"--output_dir: {cfg.output_dir} must be a folder, got a file; choose one")
-    others = [name for name in OUTPUTS if (out / name).exists()]
+    others = [name for name in OUTPUTS if (out / name).is_file() or any((out / name).glob("*"))]
     if others and not holds_run:
         raise ValueError(
             f"--output_dir: {cfg.output_dir} must hold a run or none of its files, got "
@@ -112,27 +112,31 @@ def check_folder(cfg: TrainConfig, prints: dict) -> dict:
     return {}
 
 
-def take(folder: Path) -> None:
-    """Take a run's folder for this process, until it ends in whatever way. Raises ValueError, one
-    line, where another process of this machine has it."""
-    fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)  # stays open: closing gives it back
+def take(folder: Path) -> int:
+    """Take a run's folder for this process, until it closes the file that is returned (or another
+    one on the same path), or ends in whatever way. Raises ValueError, one line, where another
+    process of this machine has it."""
+    fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return  # a file system without locks
+            return fd  # a file system without locks
         raise ValueError(
             f"--output_dir: {folder} must be in use by no other run, got one that goes on there, "
-            f"process {os.read(fd, 20).decode()}; wait for it, stop it or choose another folder"
+            f"process {os.read(fd, 20).decode().strip()}; wait for it, stop it or choose another "
+            "folder"
         ) from None
     os.pwrite(fd, f"{os.getpid()}".ljust(20).encode(), 0)
+    return fd
 
 
 def read_begin(cfg: TrainConfig) -> dict:
     """Return the meta and number of the latest intact checkpoint, {} where there is none yet."""
     folder = Path(cfg.output_dir) / "checkpoints"
     number = checkpoint.latest_step(folder)
-    if number is None and (Path(cfg.output_dir) / "summary.json").exists():
+    ended = (cfg.sft_steps or cfg.grpo_steps) and (folder.parent / "summary.json").exists()
+    if number is None and ended:
         raise ValueError(
             f"--resume: {folder} must hold a checkpoint to go on from, got a run that has ended "
             "and none; add --overwrite instead to delete it and start anew"

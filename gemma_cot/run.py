@@ -7,6 +7,7 @@ train; knows no stage's mathematics.
 import dataclasses
 import json
 import math
+import os
 import shutil
 import time
 import warnings
@@ -72,6 +73,7 @@ class Run:
     measured: dict[str, float] = field(default_factory=dict)  # what `kept_back` goes by
     reward_errors: list[dict] = field(default_factory=list)  # rows on which a reward raised
     errors_kept: int = 0  # of these, in reward_errors.jsonl
+    taken: int | None = None  # what holds the folder for this process alone, an open file
     canaries: dict[str, dict] = field(default_factory=dict)  # stage -> what hacks earned then
 
     @property
@@ -124,6 +126,13 @@ class Run:
             good = checkpoint.all_steps(self.out / "checkpoints")
             where = f"the last good checkpoint is {good[-1]}" if good else "there is none yet"
             warnings.warn(f"{problem}; the run goes on, {where}", stacklevel=2)
+
+    def close(self) -> None:
+        """Settle, and give the folder back."""
+        self.settle()
+        if self.taken is not None:
+            os.close(self.taken)
+            self.taken = None
 
     def restore(self, stage: str, tree: dict) -> tuple[int, dict]:
         """Return (steps of `stage` done, its tree): what the run goes on from, if of `stage`."""
@@ -184,7 +193,11 @@ class Run:
         limit, before = self.cfg.max_reward_errors, len(self.reward_errors)
         errors = self.reward_errors if limit else None
         rewards = [(name, checked(name, f, errors), weight) for name, f, weight in self.rewards]
-        rollout = score_samples(samples, rows, self.tokenizer, rewards, self.cfg.num_generations)
+        try:
+            group = self.cfg.num_generations
+            rollout = score_samples(samples, rows, self.tokenizer, rewards, group)
+        except ValueError as error:  # a RewardError in the process in which it was raised only
+            raise RewardError(str(error)) from error
         self.measured["rollout_tokens"] = float(samples.completion_mask_BT.sum(1).mean())
         fresh = self.reward_errors[before:]
         if limit:  # those of all processes
@@ -292,7 +305,7 @@ def prepare(cfg: TrainConfig, session: Session | None = None) -> Run:
                 f"{cfg.max_completion_tokens} completion tokens: discarded"
             )
     if cfg.grpo_steps and not cfg.max_reward_errors:
-        canaries.try_rewards(train, rewards, tokenizer)
+        canaries.try_rewards(train, rewards, tokenizer, cfg.num_generations)
     if cfg.grpo_steps and len(train) < cfg.prompts_per_rollout:
         warnings.warn(
             f"--prompts_per_rollout: {cfg.prompts_per_rollout} of {len(train)} training rows; some "
@@ -356,7 +369,7 @@ def open_run(run: Run) -> None:
     Raises ValueError, one line, where another process is at work there.
     """
     run.out.mkdir(parents=True, exist_ok=True)
-    take(run.out)
+    run.taken = take(run.out)
     if run.cfg.overwrite:
         for name in OUTPUTS:
             path = run.out / name

@@ -46,6 +46,7 @@ _AT_LEAST = {
     "length_cache": 1, "max_reward_errors": 0, "max_skipped": 0,
 }  # fmt: skip
 _ABOVE_ZERO = ("temperature", "max_grad_norm", "lora_alpha", "epsilon", "epsilon_high")
+_MAY_BE_INFINITE = ("max_grad_norm", "epsilon", "epsilon_high")  # no clipping
 _BELOW_ONE = ("adam_b1", "adam_b2")
 
 
@@ -151,7 +152,7 @@ def check_config(cfg: TrainConfig) -> None:
         )
     for item in dataclasses.fields(cfg):
         value = getattr(cfg, item.name)
-        if item.type is float and not math.isfinite(value) and item.name != "max_grad_norm":
+        if item.type is float and not math.isfinite(value) and item.name not in _MAY_BE_INFINITE:
             raise refuse(item.name, "must be finite", f"lower --{item.name}")
     session_seconds(cfg.session)
     profile_range(cfg.profile_steps)

@@ -102,7 +102,7 @@ def train_grpo(run: Run, writer: MetricsWriter, lora, reference):
         roll = partial(scored_rollout, run, logprobs, state.lora, reference, log)
         try:
             updates, rollouts, extra, reserve = next_batches(run, roll, step, reserve)
-        except ValueError:  # a reward's: what it costs is this rollout
+        except RewardError:  # what it costs is this rollout
             run.save("grpo", step, grpo_tree(cfg, state, reference, reserve), writer.last)
             raise
         run.keep_errors()
@@ -271,7 +271,7 @@ def main(cfg: TrainConfig) -> None:
             print(f"saved. {go_on} --allow_changes=reward, once the reward is corrected")
             raise
         finally:
-            run.settle()
+            run.close()
 
 
 def run_stages(run: Run) -> None:

@@ -120,6 +120,7 @@ def test_ctrl_c_says_what_is_kept(whole, data, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(evaluation, "evaluate_batches", batches)
     arguments = (f"--output={out}", f"--data={data}", *ASKED)
+    monkeypatch.setattr(os, "_exit", sys.exit)
     code, _, err = run_here("gemma_cot.evaluate", *arguments, capsys=capsys)
     assert code == 130
     assert err.endswith(f"stopped by SIGINT - {out} has 2 of 6 rows; --resume goes on\n")

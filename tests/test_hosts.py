@@ -88,6 +88,7 @@ def test_two_processes_give_the_numbers_of_one_and_resume(flags, tmp_path, reque
     for code, _, err in broken:
         assert code == 2 and "RuntimeError: broke on purpose" in err.splitlines()[-1]
     assert "error: process 1: reward function short" in broken[0][2]
+    assert "saved. Go on with: python -m gemma_cot.train --resume" in broken[0][1]
     assert [(row["stage"], row["step"]) for row in numbers(two)] == [
         ("sft", 1), ("grpo", 1), ("grpo", 2)
     ]  # fmt: skip

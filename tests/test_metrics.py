@@ -194,6 +194,12 @@ def test_no_or_broken_tensorboard_never_stops_a_run(tmp_path, monkeypatch):
     assert len(metrics.read_metrics(tmp_path / "metrics.jsonl")) == 2
 
 
+def test_updates_share_the_seconds_of_what_they_came_from():
+    got = metrics.times([(3.0, 0.3), (6.0, 0.6)], 9.0, 560.0, 3)
+    want = {"seconds_rollout": 3.0, "seconds_reward": 0.3, "seconds_update": 3.0}
+    assert got == pytest.approx(want | {"tokens_per_second": 560 / 6.3})
+
+
 def test_weights_and_biases_gets_every_step_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -264,8 +265,8 @@ def test_resuming_nothing(cfg):
 LOCKING = """
 import fcntl, os, sys
 fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
-fcntl.lockf(fd, fcntl.LOCK_EX)
-os.write(fd, str(os.getpid()).encode())
+fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+os.write(fd, str(os.getpid()).ljust(20).encode())
 print("locked", flush=True)
 sys.stdin.read()
 """
@@ -287,7 +288,10 @@ def test_a_folder_in_which_another_process_works_is_left_alone(cfg):
         assert all((out / name).read_text() == "{}" for name in OUTPUTS)
         other.kill()
     open_run(run)
-    assert (out / ".lock").read_text().strip() == str(os.getpid())
+    again = partial(subprocess.run, command, input=b"", capture_output=True, timeout=60)
+    assert again().stdout == b"" and os.pread(run.taken, 20, 0).split() == [b"%d" % os.getpid()]
+    run.close()
+    assert again().stdout == b"locked\n"
 
 
 def test_resuming_a_run_that_has_ended_and_lost_its_checkpoints_is_refused(cfg):
@@ -296,6 +300,18 @@ def test_resuming_a_run_that_has_ended_and_lost_its_checkpoints_is_refused(cfg):
     (Path(cfg.output_dir) / "summary.json").write_text("{}")
     with pytest.raises(ValueError, match="--resume: .*checkpoints must hold a checkpoint to go on"):
         prepare(dataclasses.replace(cfg, resume=True))
+    evaluation = dataclasses.replace(cfg, sft_steps=0, grpo_steps=0, overwrite=True)
+    open_run(prepare(evaluation))
+    (Path(cfg.output_dir) / "summary.json").write_text("{}")  # which has none to begin with
+    prepare(dataclasses.replace(evaluation, overwrite=False, resume=True))
+
+
+def test_an_empty_folder_made_for_checkpoints_is_no_run_of_others(cfg):
+    (Path(cfg.output_dir) / "checkpoints").mkdir(parents=True)
+    prepare(cfg)
+    (Path(cfg.output_dir) / "checkpoints" / "7").mkdir()
+    with pytest.raises(ValueError, match="must hold a run or none of its files, got checkpoints"):
+        prepare(cfg)
 
 
 def test_a_run_without_any_reward_is_refused(cfg):
@@ -315,6 +331,20 @@ def test_a_reward_that_cannot_score_is_refused_before_anything_is_done(cfg):
 
 def ones(completions, **columns):
     return [1.0 for _ in completions]
+
+
+def test_a_reward_is_tried_on_a_whole_group_of_every_domain(cfg):
+    prepare(dataclasses.replace(cfg, reward=("test_run:best_of_its_group",)))
+    refused(dataclasses.replace(cfg, reward=("test_run:no_code",)), "no_code", "ZeroDivisionError")
+
+
+def best_of_its_group(completions, **columns):
+    lengths = np.array([len(text) for text in completions]).reshape(-1, TrainConfig.num_generations)
+    return [float(x) for x in (lengths == lengths.max(axis=1, keepdims=True)).ravel()]
+
+
+def no_code(completions, domain, **columns):
+    return [1 / (name != "code") for name in domain]
 
 
 def scores_in_a_tuple(completions, **columns):

@@ -170,6 +170,7 @@ def test_every_number_has_a_bound():
         ),
         (dict(session="9"), "--session: must be a time"),
         (dict(temperature=INF), "--temperature: must be finite, got inf; lower --temperature"),
+        (dict(epsilon=INF, max_grad_norm=INF, epsilon_high=INF, beta=INF), "--beta: must be fin"),
         (dict(sft_learning_rate=INF), "--sft_learning_rate: must be finite, got inf"),
         (dict(seed=2**32), r"--seed: must be below 2\*\*32, .* got 4294967296; lower it"),
         (dict(output_dir=""), "--output_dir: must name a folder, got ''"),

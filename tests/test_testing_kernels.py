@@ -132,6 +132,11 @@ def test_exceptions_shapes_and_nan_become_failed_rows():
     outcomes = check_kernel("chosen_logprob", raises)
     assert {o.message for o in outcomes} == {"RuntimeError: no such luck"}
     assert "failed RuntimeError: no such luck" in report(outcomes)
+    def whole_numbers(*arguments):
+        return reference.prefill_attention(*arguments).astype("int32")
+
+    outcomes = check_kernel("prefill_attention", whole_numbers, gradients=False)
+    assert {o.message for o in outcomes} == {"must be floating, got int32"}
     outcomes = check_kernel("chosen_logprob", one_value, gradients=False)
     assert {o.what for o in outcomes if not o.passed} == {"value 2"}
     assert "must be (7,), got nothing" in report(outcomes)

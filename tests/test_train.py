@@ -16,7 +16,7 @@ import pytest
 from commands import refused_line
 from small_runs import numbers, write_rows
 
-from gemma_cot import train
+from gemma_cot import checkpoint, train
 from gemma_cot.config import PRESETS, TrainConfig, embedded
 from gemma_cot.grpo.loss import group_advantages
 from gemma_cot.grpo.reward import RewardError
@@ -145,6 +145,7 @@ def test_a_broken_reward_ends_the_run_and_resuming_gives_the_same_numbers(
     command = f"saved. Go on with: python -m gemma_cot.train --resume --output_dir={out} "
     assert command + "--allow_changes=reward" in capsys.readouterr().out
     assert [row["step"] for row in numbers(out)] == [1, 2, 1, 2]
+    assert checkpoint.latest_step(Path(out) / "checkpoints") == 4
     train.main(dataclasses.replace(cfg, resume=True))
     assert numbers(out) == numbers(whole.output_dir)
     for stage in ("base", "sft", "grpo"):

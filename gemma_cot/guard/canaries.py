@@ -56,11 +56,14 @@ HACKS: dict[str, Callable[[Example], str]] = {
 }
 
 
-def try_rewards(rows: list[Encoded], rewards: list[tuple], tokenizer: Tokenizer) -> None:
-    """Call every reward on the `chosen` completion of a row of each domain, for what it would
-    raise in the first rollout. Raises RewardError, one line.
+def try_rewards(
+    rows: list[Encoded], rewards: list[tuple], tokenizer: Tokenizer, group: int
+) -> None:
+    """Call every reward on a group of the `chosen` completion of a row of each domain, for what it
+    would raise in the first rollout. Raises RewardError, one line.
     """
-    rows = list({row.example.domain: row for row in reversed(rows)}.values())
+    firsts = {row.example.domain: row for row in reversed(rows)}.values()
+    rows = [row for row in firsts for _ in range(group)]
     texts = [row.example.chosen for row in rows]
     prompts, columns = _asked(texts, rows, tokenizer)
     for name, function, _ in rewards:

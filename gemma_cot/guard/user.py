@@ -72,21 +72,32 @@ def checked(
 
 
 def _as_trl_calls(function: Callable) -> RewardFunction:
-    """Return f(prompts, completions, **columns) that gives both by name, as TRL does, to a function
-    that knows `completions` by name and not only as its second argument."""
+    """Return f(prompts, completions, **columns) that gives all by name, as TRL does, where the
+    function takes them so, else prompts and completions by place."""
     try:
-        parameters = inspect.signature(function).parameters
+        signature = inspect.signature(function, follow_wrapped=False)
+        if _takes_any(signature):  # a wrapper: what it wraps is asked
+            signature = inspect.signature(function)
     except (TypeError, ValueError):  # of a builtin
         return function
-    kinds = {parameter.kind for parameter in parameters.values()}
-    by_name = "completions" in parameters or kinds == {inspect.Parameter.VAR_KEYWORD}
-    if not by_name or list(parameters)[1:2] == ["completions"] and (
-        parameters["completions"].kind is not inspect.Parameter.KEYWORD_ONLY
-    ):
+    if _takes_any(signature):
         return function
-    return lambda prompts, completions, **columns: function(
-        prompts=prompts, completions=completions, **columns
-    )
+
+    def call(prompts: list, completions: list, **columns) -> list:
+        given = {"prompts": prompts, "completions": completions, **columns}
+        try:
+            signature.bind(**given)
+        except TypeError:
+            if next(iter(signature.parameters), "") != "completions":
+                return function(prompts, completions, **columns)
+        return function(**given)
+
+    return call
+
+
+def _takes_any(signature: inspect.Signature) -> bool:
+    """Whether a function takes any number of arguments by place."""
+    return any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
 
 
 def _one_by_one(

@@ -43,6 +43,8 @@ def compare(row: Callable, got: dict, want: dict, dtypes: dict | None = None) ->
         if array is None or array.shape != truth.shape:
             shape = "nothing" if array is None else array.shape
             outcomes.append(row(what, float("nan"), f"must be {truth.shape}, got {shape}"))
+        elif not jnp.issubdtype(got[what][0].dtype, jnp.floating):
+            outcomes.append(row(what, float("nan"), f"must be floating, got {got[what][0].dtype}"))
         elif jnp.finfo(got[what][0].dtype).bits < jnp.finfo(dtypes.get(what, jnp.bfloat16)).bits:
             message = f"must be {dtypes[what]}, got {got[what][0].dtype}"
             outcomes.append(row(what, float("nan"), message))

@@ -136,7 +136,7 @@ def test_process_skips_blank_and_duplicate_checkpoints():
     ("50 % of 8", "50% of 8"), ("4*2=80, so 4*2=8", "4*2=8"), ("first, 4*2=8, then", "4*2=8"),
     ("done.4*2=8.", "4*2=8"), ("1. 4*2=8", "4*2=8"), ("x4*2=8y", "4*2=8"), ("a 4*2=8, 9", "4*2=8"),
     ("so .5*2=1", ".5 * 2 = 1"), ("-.5+1=.5", "-.5 + 1 = .5"), ("($.5+1)*2=3", "(.5+1)*2=3"),
-    ("done.5+3=8", ".5+3=8"),
+    ("done.5+3=8", ".5+3=8"), ("at x.5 it is 7", "x.5 it is 7"), ("1..5=6", "..5=6"),
 ])
 def test_normalised_matcher_finds_the_step_in_another_spelling(reasoning, checkpoint):
     assert checkpoint_hits(reasoning, [checkpoint]) == (1, 1)

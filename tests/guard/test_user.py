@@ -1,6 +1,7 @@
 """A user's own rewards: found by name or refused in one line, and called with all checked."""
 
 import sys
+from functools import partial, wraps
 
 import numpy as np
 import pytest
@@ -65,13 +66,28 @@ def test_columns_are_passed_on_as_keyword_lists():
     assert seen == {"prompts": ["p"], "completions": ["c"], "level": [3]}
 
 
+def len_of_completions(completions, **columns):
+    """Score as TRL's first example does."""
+    return [float(len(text)) for text in completions]
+
+
 TRL_STYLES = [
+    len_of_completions,
     lambda completions, **kwargs: [float(len(c)) for c in completions],
     lambda completions, prompts, **kwargs: [float(len(c)) for c in completions],
     lambda completions, prompts=None, level=None: [float(len(c)) for c in completions],
     lambda *, prompts, completions, level: [float(len(c)) for c in completions],
     lambda **given: [float(len(c)) for c in given["completions"]],
     lambda p, c, **columns: [float(len(x)) for x in c],
+    lambda p, texts, completions=None, **columns: [float(len(x)) for x in texts],
+    lambda level, completions, **columns: [float(len(x)) for x in completions],
+    lambda level, **columns: [float(len(x)) for x in columns["completions"]],
+    lambda *, prompts, **columns: [float(len(x)) for x in columns["completions"]],
+    partial(lambda scale, completions, **columns: [scale * len(x) for x in completions], 1.0),
+    wraps(len_of_completions)(lambda ps, cs, **columns: [float(len(x)) for x in cs]),
+    wraps(len_of_completions)(
+        lambda *by_place, **by_name: [float(len(x)) for x in by_name["completions"]]
+    ),
     lambda *both, **columns: [float(len(x)) for x in both[1]],
 ]
 
@@ -79,6 +95,11 @@ TRL_STYLES = [
 @pytest.mark.parametrize("function", TRL_STYLES, ids=range(len(TRL_STYLES)))
 def test_prompts_and_completions_go_by_name_where_a_function_has_the_names(function):
     assert checked("f", function)(["p"], ["four"], level=[3]) == [4.0]
+
+
+def test_completions_never_stand_in_for_a_column_that_is_missing():
+    with pytest.raises(RewardError, match="f - must not raise - got TypeError"):
+        checked("f", lambda completions, answer: [1.0])(["p"], ["four"], level=[3])
 
 
 @pytest.mark.parametrize("value", [
