@@ -261,10 +261,15 @@ def _write(folder: Path, flat: dict, index: dict) -> None:
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    """Return orbax's, which here never waits for other processes: each reads, one writes."""
+    """Return orbax's, which here never waits for other processes: each reads, one writes.
+
+    Nor for folders that it makes itself: where the disk refused one, orbax's threads would wait for
+    it for five minutes, and the process for them.
+    """
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
-    options = ocp.CompositeOptions(multiprocessing_options=alone)
+    at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    options = ocp.CompositeOptions(multiprocessing_options=alone, async_options=at_once)
     handler = ocp.CompositeCheckpointHandler(composite_options=options)
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 

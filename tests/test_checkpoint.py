@@ -1,9 +1,12 @@
 """Checkpoints come back bit for bit, with their placement, whole or not at all."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -387,3 +390,25 @@ def test_a_killed_save_leaves_only_whole_checkpoints(tmp_path):
     checkpoint.save(tmp_path, leftover, {"x": jnp.ones(1)}, {})  # the resumed run saves it again
     checkpoint.prune(tmp_path, leftover, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == [str(leftover)]
+
+
+@pytest.mark.parametrize("made", [0, 1, 2])
+def test_no_thread_waits_for_a_folder_that_the_disk_refused(tmp_path, monkeypatch, made):
+    saver, real, folders = checkpoint.Saver(), os.mkdir, []
+    saver.start(tmp_path, 1, {"a": np.ones(3)}, {})
+    assert saver.wait() == ""
+    before = set(threading.enumerate())
+
+    def mkdir(path, *rest, **named):
+        folders.append(path)
+        if len(folders) > made:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return real(path, *rest, **named)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    saver.start(tmp_path, 2, {"a": np.ones(3)}, {})
+    assert saver.wait().endswith("2: could not be saved, got Read-only file system")
+    fresh = {thread.name for thread in set(threading.enumerate()) - before}
+    # orbax's own ones would wait, and keep the process from ending, for five minutes
+    assert not [name for name in fresh if not name.startswith("asyncio_")]
+    assert checkpoint.all_steps(tmp_path) == [1]
