@@ -181,7 +181,7 @@ def show_samples(cfg: TrainConfig, rollouts: list[Rollout]) -> None:
             first = {name: values[0] for name, values in rollout.scores.items()}
             scores = [f"{n} {'none' if x is None else f'{x:.1f}'}" for n, x in first.items()]
             print("--- sample:", rollout.rows[0].example.prompt)
-            print(rollout.completions[0], "\n---", "  ".join(scores), flush=True)
+            print(f"{rollout.completions[0]}\n--- {'  '.join(scores)}", flush=True)
 
 
 def evaluate_stage(run: Run, stage: str, lora, step: int) -> list[dict]:
