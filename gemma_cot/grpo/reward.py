@@ -182,7 +182,7 @@ def checkpoint_hits(
 _normalised = lru_cache(maxsize=4096)(normalise)  # a row's checkpoints come back G times a rollout
 
 
-_DIGITS = re.compile(r"(?:(?<!\w)\.)?\d(?s:.*\d)?")  # from the first number to the last
+_DIGITS = re.compile(r"\.?\d(?s:.*\d)?")  # from the first number to the last
 
 
 def _stands_in(text: str, checkpoint: str) -> bool:
