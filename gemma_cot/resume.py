@@ -135,13 +135,13 @@ def read_begin(cfg: TrainConfig) -> dict:
     """Return the meta and number of the latest intact checkpoint, {} where there is none yet."""
     folder = Path(cfg.output_dir) / "checkpoints"
     number = checkpoint.latest_step(folder)
-    ended = (cfg.sft_steps or cfg.grpo_steps) and (folder.parent / "summary.json").exists()
-    if number is None and ended:
-        raise ValueError(
-            f"--resume: {folder} must hold a checkpoint to go on from, got a run that has ended "
-            "and none; add --overwrite instead to delete it and start anew"
-        )
     if number is None:
+        trains = cfg.sft_steps or cfg.grpo_steps
+        if trains and (folder.parent / "summary.json").exists():
+            raise ValueError(
+                f"--resume: {folder} must hold a checkpoint to go on from, got a run that has "
+                "ended and none; set --overwrite in its place to delete it and start anew"
+            )
         return {}
     meta = checkpoint.read_meta(folder, number)
     if meta["stage"] == "grpo" and number != meta["step"] + cfg.sft_steps:
