@@ -5,6 +5,7 @@ import sys
 import warnings
 
 import pytest
+from absl import app  # noqa: F401 - its flags would else end with the first command's flagsaver
 from absl.testing import flagsaver
 
 
