@@ -60,6 +60,8 @@ def run_layers(params: Params, cfg: ModelConfig, x_BTD, turn_2BT2h, lora, remat:
 
     def layer_step(x_BTD, xs):
         layer, adapter, is_global = xs
+        # Else some TPU compilers turn these two stacks round, whole, before the loop.
+        layer = layer | jax.lax.optimization_barrier({name: layer[name] for name in ("q", "o")})
         turn_BT2h, here = turn_2BT2h[is_global], partial(attend, is_global)
         return block(cfg, x_BTD, layer, adapter, scale, turn_BT2h, here)
 
