@@ -20,8 +20,9 @@ from gemma_cot.config import PRESETS, TrainConfig
 from gemma_cot.curves import PANEL_HEIGHT, PANEL_WIDTH, X_TITLE, Panel, panel_svg
 from gemma_cot.data import Encoded
 from gemma_cot.evaluation import evaluate_batches, summarise
+from gemma_cot.finished import saved_adapter
 from gemma_cot.metrics import MetricsWriter, read_metrics
-from gemma_cot.run import Run, open_run, prepare, saved_adapter
+from gemma_cot.run import Run, open_run, prepare
 from gemma_cot.train import train_grpo, train_sft
 from gemma_cot.turn import first_adapter
 

@@ -42,7 +42,7 @@ from gemma_cot.results import (
     write_results,
     write_whole,
 )
-from gemma_cot.run import read_rewards
+from gemma_cot.rewards import read_rewards
 from gemma_cot.scores import budgets, changed_rows, pair_rows, paired
 from gemma_cot.settings import define_host_flags
 

@@ -10,10 +10,10 @@ import numpy as np
 from absl import flags
 
 from gemma_cot import cli
+from gemma_cot.finished import read_config, saved_adapter
 from gemma_cot.lora import load_peft, merge, save_peft
 from gemma_cot.model.load import load_pretrained, save_pretrained
 from gemma_cot.policy import resolve_dtype, write_recipe
-from gemma_cot.run import read_config, saved_adapter
 
 FLAGS = flags.FLAGS
 

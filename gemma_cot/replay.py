@@ -15,10 +15,11 @@ from pathlib import Path
 
 from gemma_cot import checkpoint, hosts
 from gemma_cot.config import TrainConfig
+from gemma_cot.finished import read_config, saved_adapter
 from gemma_cot.grpo.step import make_logprobs
 from gemma_cot.hf_config import read_json
 from gemma_cot.resume import FILE
-from gemma_cot.run import Run, prepare, read_config, saved_adapter
+from gemma_cot.run import Run, prepare
 from gemma_cot.traces import trace_of
 from gemma_cot.turn import first_adapter, grpo_functions, grpo_start, next_batches, scored_rollout
 

@@ -23,26 +23,18 @@ from gemma_cot import checkpoint, hosts
 from gemma_cot.axes import replicated
 from gemma_cot.config import ModelConfig, TrainConfig, embedded
 from gemma_cot.data import Encoded, encode_examples, prompt_width, read_jsonl
-from gemma_cot.grpo.reward import (
-    RewardError,
-    format_reward,
-    length_penalty,
-    outcome_reward,
-    process_reward,
-    repetition_penalty,
-)
+from gemma_cot.grpo.reward import RewardError
 from gemma_cot.grpo.rollout import Rollout, score_samples
-from gemma_cot.guard import canaries, sandbox, symbolic
-from gemma_cot.guard.user import checked, load_reward
+from gemma_cot.guard import canaries
+from gemma_cot.guard.user import checked
 from gemma_cot.hf_config import read_json
-from gemma_cot.lora import Lora, init_lora
 from gemma_cot.metrics import truncate_after
 from gemma_cot.model.load import load_pretrained
 from gemma_cot.model.params import Params
-from gemma_cot.optim import TrainState
 from gemma_cot.policy import check_positions, mesh_for, resolve_dtype
 from gemma_cot.results import open_results, read_protocol, write_whole
 from gemma_cot.resume import FILE, OUTPUTS, as_json, check_folder, fingerprint, take
+from gemma_cot.rewards import read_rewards
 from gemma_cot.session import Interrupted, Session
 from gemma_cot.settings import check_batches, cut_batches
 from gemma_cot.tokenizer import Tokenizer, load_tokenizer
@@ -322,47 +314,6 @@ def prepare(cfg: TrainConfig, session: Session | None = None) -> Run:
     )  # fmt: skip
 
 
-def read_rewards(cfg: TrainConfig) -> list[tuple]:
-    """Return (name, function, weight) of the three built-in rewards and the user's own."""
-    rewards = [
-        ("format", format_reward, cfg.format_weight),
-        ("process", partial(process_reward, matcher=cfg.process_matcher), cfg.process_weight),
-        ("outcome", read_outcome(cfg.math_verify), cfg.outcome_weight),
-    ]
-    if cfg.length_weight:
-        length = partial(length_penalty, limit=cfg.max_completion_tokens, cache=cfg.length_cache)
-        rewards.append(("length", length, cfg.length_weight))
-    if cfg.repetition_weight:
-        rewards.append(("repetition", repetition_penalty, cfg.repetition_weight))
-    if cfg.allow_code_execution:
-        for line in sandbox.check():
-            warnings.warn(line, stacklevel=2)
-        run_code = partial(sandbox.code_reward, allow_code_execution=True)
-        rewards.append(("code", run_code, cfg.code_weight))
-    rewards += map(load_reward, cfg.reward)
-    if cfg.grpo_steps and not any(weight for _, _, weight in rewards):
-        raise ValueError(
-            "--outcome_weight: at least one reward must have a weight other than 0, got none; "
-            "raise one, or set --grpo_steps=0"
-        )
-    names = [name for name, _, _ in rewards]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(
-            f"--reward: function names must differ from each other and from format, process, "
-            f"outcome and code, got {', '.join(twice)} twice; rename a function"
-        )
-    return rewards
-
-
-def read_outcome(math_verify: bool):
-    """Return the outcome reward. Raises ValueError, one line, without the extra it needs."""
-    if not math_verify:
-        return outcome_reward
-    symbolic.require()
-    return partial(outcome_reward, matches=symbolic.answers_match_symbolic)
-
-
 def open_run(run: Run) -> None:
     """Make the run's folder: config.json, and metrics.jsonl cut back to the last checkpoint.
 
@@ -386,29 +337,3 @@ def open_run(run: Run) -> None:
         if run.begin:
             done[run.begin["stage"]] = run.begin["step"]
         truncate_after(run.out / "metrics.jsonl", done)
-
-
-def read_config(folder: str | Path) -> tuple[TrainConfig, str]:
-    """Return (settings, base model folder) of the run in `folder`, wherever it was moved to."""
-    stored = read_json(Path(folder) / "config.json")
-    needed = {"lora_rank", "lora_alpha", "max_completion_tokens", "reward"}
-    if not needed <= stored.keys():
-        raise ValueError(
-            f"{folder}/config.json: must hold the settings of a run, got none of "
-            f"{sorted(needed - stored.keys())}; point --run at a folder that train wrote"
-        )
-    values = {f.name: stored[f.name] for f in dataclasses.fields(TrainConfig) if f.name in stored}
-    values |= {"output_dir": str(folder), "reward": tuple(stored["reward"])}
-    cfg = TrainConfig(**values)  # a setting that is younger than the run has its default
-    return cfg, cfg.model or embedded("tiny_model")
-
-
-def saved_adapter(
-    cfg: TrainConfig, model_cfg: ModelConfig, number: int | None = None
-) -> tuple[Lora, str]:
-    """Return the adapter of a checkpoint of a run (None: the latest), and which one that is."""
-    lora = init_lora(jax.random.key(0), model_cfg, cfg.lora_rank, cfg.lora_alpha)
-    tree = {"state": TrainState(step=None, lora=lora, opt_state=None)}
-    folder = Path(cfg.output_dir) / "checkpoints"
-    tree, meta = checkpoint.restore(folder, tree, number, partial=True)
-    return tree["state"].lora, f"{meta['stage']} step {meta['step']}"

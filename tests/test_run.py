@@ -21,7 +21,8 @@ from gemma_cot.config import PRESETS, TrainConfig, embedded
 from gemma_cot.grpo.reward import RewardError
 from gemma_cot.model.sample import Samples
 from gemma_cot.resume import check_folder, digest, fingerprint
-from gemma_cot.run import OUTPUTS, open_run, prepare, read_rewards
+from gemma_cot.rewards import read_rewards
+from gemma_cot.run import OUTPUTS, open_run, prepare
 from gemma_cot.settings import config_from_flags, define_flags
 from gemma_cot.tokenizer import encode
 

@@ -40,7 +40,7 @@ API = (
     ("grpo", "GRPO", "grpo.answer grpo.reward grpo.loss grpo.rollout grpo.step grpo.reserve"),
     ("guard", "Rewards kept honest", "guard.user guard.corpus guard.lint guard.canaries "
      "guard.jail guard.sandbox guard.symbolic"),
-    ("train", "The run", "checkpoint resume session run turn train"),
+    ("train", "The run", "rewards checkpoint resume session run turn train finished"),
     ("evaluation", "Evaluation", "stats scores results evaluation policy evaluate"),
     ("seeing", "What is logged", "metrics alarms progress curves environment profiling traces "
      "replay"),
