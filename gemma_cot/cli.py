@@ -10,6 +10,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 
 import jax
 from absl import app, flags, logging
@@ -29,6 +30,36 @@ def run(main: Callable[[], None]) -> None:
     exceptions are bugs and show a traceback. A warning is one line on stderr.
     """
     app.run(lambda argv: _crashing(main, argv), flags_parser=_parse)
+
+
+class Lasting:
+    """A stream whose reader may go away (`| head`, a closed terminal): what is written from then on
+    goes nowhere, and the command goes on."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write as the stream does; return the number of characters."""
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush as the stream does."""
+        self._try(self._stream.flush)
+
+    def _try(self, work: Callable, *args) -> None:
+        try:
+            work(*args)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
 
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -71,7 +102,11 @@ def join_hosts(coordinator: str, num_processes: int, process_id: int) -> None:
 
 def _crashing(main: Callable[[], None], argv: list[str]) -> None:
     try:
-        _guarded(main, argv)
+        with redirect_stdout(Lasting(sys.stdout)) as out, redirect_stderr(Lasting(sys.stderr)):
+            try:
+                _guarded(main, argv)
+            finally:
+                out.flush()
     except Exception:  # a bug
         if not hosts.are_several():
             raise

@@ -1,4 +1,4 @@
-"""How long a run may take, and who asks it to stop: --session, SIGTERM, SIGINT, preemption.
+"""How long a run may take, and who asks it to stop: --session, a signal, preemption.
 
 A session measures turns of the loop, says after the first ones how many steps fit, and ends a stage
 early enough for what must come after it. A signal is noted; the run looks at it between turns, so
@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from itertools import pairwise
 
@@ -49,11 +49,12 @@ class Session:
         self._signal = ""
         self._polls = 0
         self._stage, self._first, self._forecast_due = "", 0, False
-        self._ends = deque(maxlen=RECENT + 1)  # (time, steps done) after each turn but the first
+        self._ends = deque(maxlen=RECENT + 1)  # (time, steps done) after each turn of the stage
 
     @contextmanager
     def listening(self) -> Iterator["Session"]:
-        """Take SIGTERM and SIGINT as requests to stop; a second SIGINT ends the process at once.
+        """Take SIGTERM, SIGINT and SIGHUP (the terminal is closed) as requests to stop; a second
+        SIGINT ends the process at once. Under nohup SIGHUP stays ignored.
 
         Under jax.distributed SIGTERM is JAX's, which tells all hosts of it.
         """
@@ -61,6 +62,8 @@ class Session:
             yield self
             return
         ours = [signal.SIGINT] if _notices() else [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            ours.append(signal.SIGHUP)
         before = {number: signal.signal(number, self._note) for number in ours}
         try:
             yield self
@@ -73,7 +76,8 @@ class Session:
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)  # the next one needs no Python to end the process
             again = "; again to end at once"
-        os.write(2, f"\n{self._signal}: stopping after this step{again}\n".encode())
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, f"\n{self._signal}: stopping after this step{again}\n".encode())
 
     def stops(self, reserve: float = 0.0) -> bool:
         """Whether to begin no other turn: asked to stop, or no time for it and `reserve` seconds.

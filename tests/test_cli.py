@@ -59,6 +59,24 @@ def test_ctrl_c_is_one_line_and_exit_code_130(told, line):
     assert done.stderr == f"\nstopped by SIGINT{line}\n"
 
 
+def test_a_reader_that_goes_away_ends_no_command(tmp_path):
+    code = """if True:
+        from pathlib import Path
+        from gemma_cot import cli
+        def main():
+            for row in range(20_000):
+                print("row", row, flush=row % 2 == 0)
+            Path("out").write_text("all rows")
+        cli.run(main)
+    """
+    piped = '("$0" -c "$1"; echo $? >&2) | head -1'
+    done = subprocess.run(
+        ["sh", "-c", piped, sys.executable, code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("row 0\n", "0\n")
+    assert (tmp_path / "out").read_text() == "all rows"
+
+
 def test_jax_tells_of_each_program_that_it_compiled():
     seen = []
 

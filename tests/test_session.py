@@ -99,7 +99,7 @@ def test_a_deadline_is_a_session_that_ends_then():
             session_seconds(text)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_asks_to_stop_and_handlers_come_back(number, capfd):
     before = signal.getsignal(number)
     with Session().listening() as session:
@@ -109,6 +109,16 @@ def test_a_signal_asks_to_stop_and_handlers_come_back(number, capfd):
         assert session.asked == number.name and session.stops()
     assert signal.getsignal(number) is before
     assert f"{number.name}: stopping after this step" in capfd.readouterr().err
+
+
+def test_nohup_stays_in_force():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Session().listening() as session:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not session.stops()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 LOOP = """

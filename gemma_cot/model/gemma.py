@@ -9,10 +9,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from gemma_cot.config import ModelConfig
-from gemma_cot.model.kernels.gradients import PRODUCT, logits_of
+from gemma_cot.model.kernels.gradients import PRODUCT, as_product, logits_of
 from gemma_cot.model.kernels.prefill import prefill_attention
 from gemma_cot.model.layers import attention, block, causal_mask, rms_norm, rotations
 from gemma_cot.model.params import Params
@@ -92,7 +91,7 @@ def hidden_states(
         if cfg.attention == "pallas":
             window = jnp.where(is_global, T, cfg.window)
             mix_BTNH = prefill_attention(q_BTNH, k_BTKH, v_BTKH, start_B, window)
-            return checkpoint_name(mix_BTNH, PRODUCT), kept
+            return as_product(mix_BTNH), kept
         return attention(q_BTNH, k_BTKH, v_BTKH, mask_2BTS[is_global]), kept
 
     x_BTD, turn_2BT2h = embed(params, cfg, tokens_BT), rotations(cfg, positions(start_B, T))

@@ -7,12 +7,11 @@ block, so that the full forward pass and the cached one are the same code.
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from gemma_cot.config import ModelConfig
 from gemma_cot.model.kernels.gradients import (
-    PRODUCT,
     adapted_product,
+    as_product,
     block_attention,
     rms_norm,
 )
@@ -55,7 +54,7 @@ def linear(einsum: str, x, layer: dict, name: str, lora, scale: float):
     else:
         a, b = (lora[name][part].astype(x.dtype) for part in ("a", "b"))
         y = adapted_product(einsum, x, layer[name], a, b, scale)
-    return checkpoint_name(y, PRODUCT)
+    return as_product(y)
 
 
 def each_by_itself(layer: dict, lora: dict | None, scale: float, x, *names: str) -> tuple:

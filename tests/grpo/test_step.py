@@ -280,6 +280,16 @@ def test_the_first_update_is_on_policy(one_by_one):
     assert abs(second["ratio_max"] - 1.0) > 1e-3
 
 
+@pytest.mark.parametrize("remat", ["none", "products", "all"])
+def test_the_first_update_is_on_policy_in_bfloat16_to_the_bit(
+    shallow, weights, rollout, policy, reference, remat
+):
+    narrow = jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights)
+    _, (first, _) = updates(shallow, narrow, rollout, policy, reference, remat=remat,
+                            epsilon=1e-7, epsilon_high=1e-7)  # fmt: skip
+    assert (first["ratio_max"], first["clip_share"]) == (1.0, 0.0)
+
+
 def test_pi_old_is_the_policy_before_the_first_update(
     shallow, weights, rollout, policy, one_by_one
 ):

@@ -17,6 +17,15 @@ MASKED = -2.0e38
 PRODUCT = "product"  # the name of what `gemma.rematerialised` may keep
 
 
+def as_product(x: jax.Array) -> jax.Array:
+    """Name x as PRODUCT, rounded to its dtype also where it is not kept: XLA would go on with more
+    digits than bfloat16 has, and pi_old, taken without a gradient, would be another policy's."""
+    if x.dtype.itemsize < 4:
+        kind = jnp.finfo(x.dtype)
+        x = jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
+    return checkpoint_name(x, PRODUCT)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: jax.Array, w_D: jax.Array, eps: float) -> jax.Array:
     """Return x r (1 + w), r = 1 / rms(x), over the last axis, computed in float32, in x's dtype.
@@ -79,12 +88,12 @@ def block_attention(q_BKQTH, k_BKSH, v_BKSH, mask_BTS):
 
 def _block_attention_forward(q_BKQTH, k_BKSH, v_BKSH, mask_BTS):
     e_BKQTS = exponentials(q_BKQTH, k_BKSH, mask_BTS)
-    total_BKQT1 = checkpoint_name(e_BKQTS.sum(-1, keepdims=True), PRODUCT)
+    total_BKQT1 = as_product(e_BKQTS.sum(-1, keepdims=True))
     mix_BKQTH = jnp.einsum(
         "BKQTS,BKSH->BKQTH", e_BKQTS.astype(v_BKSH.dtype), v_BKSH,
         preferred_element_type=jnp.float32,
     )  # fmt: skip
-    mix_BKQTH = checkpoint_name((mix_BKQTH / total_BKQT1).astype(v_BKSH.dtype), PRODUCT)
+    mix_BKQTH = as_product((mix_BKQTH / total_BKQT1).astype(v_BKSH.dtype))
     return mix_BKQTH, (q_BKQTH, k_BKSH, v_BKSH, mask_BTS, total_BKQT1)
 
 
@@ -127,7 +136,7 @@ def lora_product(einsum: str, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.A
 
 def _lora_product_forward(einsum: str, x, a, b):
     x_, z_, y_, summed, kept = lora_axes(einsum)
-    z = checkpoint_name(jnp.einsum(f"{x_},{summed}R->{z_}", x, a), PRODUCT)
+    z = as_product(jnp.einsum(f"{x_},{summed}R->{z_}", x, a))
     return jnp.einsum(f"{z_},R{kept}->{y_}", z, b), (x, z, a, b)
 
 
