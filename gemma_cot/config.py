@@ -83,6 +83,9 @@ TINY = _gemma3(6, 128, 4, 1, 32, 256, query_scalar=32.0, vocab_size=768, window=
 # --------------------------------------------------------------------------------------------
 
 
+LEAST_TEMPERATURE = 1e-4  # what float32 rounds of a logit, divided by less, is no longer small
+
+
 def setting(default, text: str):
     """Declare a field whose flag has this default and this help text."""
     return field(default=default, metadata={"help": text})

@@ -56,6 +56,11 @@ def check_flags() -> None:
     """Raise ValueError for flags that contradict each other."""
     if not FLAGS.output:
         raise ValueError("--output: must name a file, got nothing; set --output=results.jsonl")
+    if FLAGS.output.endswith("/") or Path(FLAGS.output).is_dir():
+        raise ValueError(
+            f"--output: must name a file, got the folder {FLAGS.output}; set "
+            f"--output={Path(FLAGS.output) / 'results.jsonl'}"
+        )
     if len(FLAGS.compare) > 1:
         raise ValueError(
             f"--compare: must be one file beside --output, got {len(FLAGS.compare)}; leave "

@@ -193,6 +193,12 @@ def _read_rope(text: dict) -> tuple[float, float, float]:
             "only Gemma 3's own scaling is supported"
         )
     scale = wide.get("factor", 1.0) if kind == "linear" else 1.0
+    local = near.get("rope_type", near.get("type", "default"))
+    if local != "default":
+        raise ValueError(
+            f"config.json: RoPE of sliding_attention must be 'default', got {local!r}; only Gemma "
+            "3's own scaling is supported"
+        )
     for name, value in (("local base", base_local), ("base", base_global), ("factor", scale)):
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise ValueError(

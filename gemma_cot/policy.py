@@ -5,6 +5,7 @@ training, so that evaluation and generation build the very same prompts. Called 
 commands that load one; defines the flags that they share.
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 
 from gemma_cot import hosts
 from gemma_cot.axes import auto_mesh, check_mesh, check_processes, make_mesh, replicated
-from gemma_cot.config import ModelConfig, TrainConfig, embedded
+from gemma_cot.config import LEAST_TEMPERATURE, ModelConfig, TrainConfig, embedded
 from gemma_cot.hf_config import read_json
 from gemma_cot.lora import Lora, load_peft
 from gemma_cot.model.load import load_pretrained, write_json
@@ -91,7 +92,12 @@ def check_positions(cfg: ModelConfig, max_prompt_tokens: int, max_completion_tok
 
 
 def check_temperature(values: flags.FlagValues) -> None:
-    """Raise ValueError for several completions of --temperature=0."""
+    """Raise ValueError for a --temperature that draws nothing, or the same several times."""
+    if values.temperature and not LEAST_TEMPERATURE <= values.temperature < math.inf:
+        raise ValueError(
+            f"--temperature: must be 0 (greedy) or a number from {LEAST_TEMPERATURE} on, got "
+            f"{values.temperature}; set --temperature=1"
+        )
     if values.num_completions > 1 and values.temperature == 0:
         raise ValueError(
             f"--temperature: must be above 0 for {values.num_completions} completions, got 0 (all "

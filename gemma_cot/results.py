@@ -36,15 +36,21 @@ def files_hash(*paths: Path) -> str:
 
 def beside(path: str | Path, name: str) -> Path:
     """Return where a result file's "protocol.json", "summary.json", "changed.jsonl" is."""
-    return Path(path).with_suffix(f".{name}")
+    path = Path(path)
+    stem = path.stem if path.suffix in (".jsonl", ".json") else path.name  # "t0.7" is all name
+    return path.with_name(f"{stem}.{name}")
 
 
 def write_whole(path: str | Path, text: str) -> None:
     """Write a file that appears by one rename, whole."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(f"{path}.tmp")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        os.replace(fresh, path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 def _lines(results: list[dict]) -> str:

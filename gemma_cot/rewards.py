@@ -16,7 +16,8 @@ from gemma_cot.guard.user import load_reward
 
 
 def read_rewards(cfg: TrainConfig) -> list[tuple]:
-    """Return (name, function, weight) of the three built-in rewards and the user's own."""
+    """Return (name, function, weight) of the built-in rewards that the settings ask for, and of the
+    user's own."""
     rewards = [
         ("format", format_reward, cfg.format_weight),
         ("process", partial(process_reward, matcher=cfg.process_matcher), cfg.process_weight),
@@ -44,6 +45,12 @@ def read_rewards(cfg: TrainConfig) -> list[tuple]:
         raise ValueError(
             f"--reward: function names must differ from each other and from format, process, "
             f"outcome and code, got {', '.join(twice)} twice; rename a function"
+        )
+    best = cfg.keep_best.removeprefix("-")
+    if best.startswith("reward_") and best.removeprefix("reward_") not in ("std", *names):
+        raise ValueError(
+            f"--keep_best: reward_NAME must be of a reward of this run ({', '.join(names)}), got "
+            f"{cfg.keep_best!r}; set --keep_best=reward"
         )
     return rewards
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from gemma_cot.axes import round_up
-from gemma_cot.config import PRESETS, TrainConfig
+from gemma_cot.config import LEAST_TEMPERATURE, PRESETS, TrainConfig
 from gemma_cot.metrics import METRICS
 
 HOST_FLAGS = ("coordinator", "num_processes", "process_id")  # each process has its own
@@ -44,8 +44,9 @@ _AT_LEAST = {
     "weight_decay": 0, "warmup_fraction": 0, "format_weight": 0, "process_weight": 0,
     "outcome_weight": 0, "length_weight": 0, "repetition_weight": 0, "code_weight": 0,
     "length_cache": 1, "max_reward_errors": 0, "max_skipped": 0,
+    "temperature": LEAST_TEMPERATURE,
 }  # fmt: skip
-_ABOVE_ZERO = ("temperature", "max_grad_norm", "lora_alpha", "epsilon", "epsilon_high")
+_ABOVE_ZERO = ("max_grad_norm", "lora_alpha", "epsilon", "epsilon_high")
 _MAY_BE_INFINITE = ("max_grad_norm", "epsilon", "epsilon_high")  # no clipping
 _BELOW_ONE = ("adam_b1", "adam_b2")
 
@@ -141,7 +142,7 @@ def check_config(cfg: TrainConfig) -> None:
         raise refuse("aggregation", f"must be grpo with objective {cfg.objective}, which weighs "
                      "whole completions", "set --aggregation=grpo")  # fmt: skip
     metric = cfg.keep_best.removeprefix("-")
-    if metric and metric not in METRICS and not metric.startswith("reward_"):
+    if cfg.keep_best and metric not in METRICS and not metric.startswith("reward_"):
         raise refuse("keep_best", "must be a metric or -metric", "set --keep_best=reward")
     if cfg.resume and cfg.overwrite:
         raise ValueError("--resume and --overwrite: at most one may be set, got both; drop one")
@@ -168,7 +169,7 @@ def check_batches(cfg: TrainConfig, data_devices: int) -> None:
     """Raise ValueError unless every batch divides over the mesh's `data_devices`."""
     rows = cfg.mini_batch * cfg.num_generations
     if rows % (data_devices * cfg.micro_batch):
-        fits = [d for d in range(1, rows + 1) if rows % (data_devices * d) == 0]
+        fits = [d for d in _divisors(rows) if rows % (data_devices * d) == 0]
         change = f"set --micro_batch to one of {fits}" if fits else "raise --mini_batch"
         raise ValueError(
             f"--micro_batch: rows of a mini-batch {rows} (prompts {cfg.mini_batch} x group "
@@ -223,4 +224,5 @@ def session_seconds(text: str) -> float:
 
 
 def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*low, *(n // d for d in low)})

@@ -5,15 +5,23 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from commands import refused_line, run_here
 
 from gemma_cot import evaluation
 from gemma_cot.config import embedded
-from gemma_cot.evaluate import comparison
+from gemma_cot.evaluate import comparison, protocol_of
 from gemma_cot.guard.canaries import HACKS
-from gemma_cot.results import read_protocol, read_results, template_hash, write_results
+from gemma_cot.results import (
+    beside,
+    differing,
+    read_protocol,
+    read_results,
+    template_hash,
+    write_results,
+)
 
 ASKED = ("--num_completions=2", "--temperature=1", "--max_completion_tokens=96", "--limit=6",
          "--allow_code_execution")  # fmt: skip
@@ -67,7 +75,9 @@ def test_rows_and_summary_hold_every_completion_and_the_protocol(whole):
                      "majority_accuracy"):  # fmt: skip
             low, high = rates[f"{name}_interval"]
             assert low <= rates[name] <= high
-    assert summary["rows_per_second"] > 0 and summary["tokens_per_second"] > 0
+    tokens = sum(2 * row["num_tokens"] for row in rows)  # of two completions, their mean
+    assert summary["tokens_per_second"] * summary["seconds"] == pytest.approx(tokens)
+    assert summary["rows_per_second"] * summary["seconds"] == pytest.approx(6)
     for words in ("protocol: template ", "n 6, k 2, temperature 1, seed 0", "pass@2", "rows/s"):
         assert words in printed
 
@@ -143,6 +153,35 @@ def test_two_files_are_compared_without_a_model(whole, tmp_path):
     assert f"protocol: none beside {before}" in done.stdout
 
 
+def test_a_comparison_names_what_differs_in_how_the_files_were_made(tmp_path):
+    row = {"id": 1, "domain": "math", "prompt": "p", "completion": "c", "format": 1.0,
+           "process": None, "outcome": 1.0}  # fmt: skip
+    paths = (str(tmp_path / "before.jsonl"), str(tmp_path / "after.jsonl"))
+    for path, hashed, longest in zip(paths, "ab", (96, 512), strict=True):
+        protocol = {"seed": 0, "weights_sha256": hashed, "max_completion_tokens": longest}
+        beside(path, "protocol.json").write_text(json.dumps(protocol))
+    lines = comparison(paths, ([row], [row]))[1].splitlines()
+    told = [line for line in lines if line.startswith("protocol")]
+    # other weights are what is compared
+    assert told == ["protocol: max_completion_tokens 96 -> 512"]
+
+
+def test_other_weights_of_an_adapter_are_another_protocol(tmp_path, monkeypatch):
+    monkeypatch.setattr("gemma_cot.evaluate.resolve_dtype", lambda dtype: dtype)
+    (tmp_path / "rows.jsonl").write_text("")
+    policy = SimpleNamespace(instruction="", max_prompt_tokens=8, max_completion_tokens=8)
+    protocols = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_text(name)
+        given = dict.fromkeys(("math_verify", "process_matcher", "num_completions", "temperature",
+                               "seed", "dtype", "attention", "allow_code_execution"))  # fmt: skip
+        given |= {"model": "", "adapter": str(tmp_path / name)}
+        monkeypatch.setattr("gemma_cot.evaluate.FLAGS", SimpleNamespace(**given))
+        protocols.append(protocol_of(policy, 1, str(tmp_path / "rows.jsonl")))
+    assert differing(*protocols) == ["weights_sha256"]
+
+
 def test_a_comparison_says_when_the_format_rises_while_answers_fall(tmp_path):
     scores = {"process": None, "domain": "math", "prompt": "p", "completion": "c"}
     before, after = ([scores | {"id": i, "format": form, "outcome": right} for i in range(20)]
@@ -157,6 +196,11 @@ def test_a_comparison_says_when_the_format_rises_while_answers_fall(tmp_path):
     ("arguments", "words"),
     [
         (("--output=x.jsonl", "--num_completions=2"), "--temperature: must be above 0 for 2 compl"),
+        (("--output=x.jsonl", "--temperature=nan"), "--temperature: must be 0 (greedy) or a num"),
+        (("--output=x.jsonl", "--temperature=1e-9"), "--temperature: must be 0 (greedy) or a num"),
+        (("--output=x.jsonl", "--temperature=inf"), "--temperature: must be 0 (greedy) or a num"),
+        (("--output=new/",), "--output: must name a file, got the folder new/; set --output=new/r"),
+        (("--output=/tmp",), "--output: must name a file, got the folder /tmp; set"),
         (("--output=x.jsonl", "--compare=a,b"), "--compare: must be one file beside --output"),
         (("--output=x.jsonl", "--compare=nowhere"), "nowhere: must be a result file of evaluate"),
         (("--output=x.jsonl", "--resume", "--overwrite"), "--overwrite: must not stand beside"),

@@ -107,6 +107,13 @@ def test_270m_file_with_underscored_pattern():
     text = OLD_1B | dict(hidden_size=640, intermediate_size=2048, num_hidden_layers=18)
     text["_sliding_window_pattern"] = text.pop("sliding_window_pattern")
     assert ModelConfig.from_hf(text) == GEMMA3_270M
+    third = ModelConfig.from_hf(text | {"_sliding_window_pattern": 3})
+    assert third == dataclasses.replace(GEMMA3_270M, global_layers=(False, False, True) * 6)
+
+
+def test_a_file_without_its_window_has_that_of_transformers():
+    bare = {key: value for key, value in OLD_1B.items() if key != "sliding_window"}
+    assert ModelConfig.from_hf(bare) == dataclasses.replace(GEMMA3_1B, window=4096)
 
 
 def test_new_style_linear_scaling_concerns_global_layers():
@@ -214,6 +221,13 @@ def test_wrong_number_of_layer_types_is_refused():
 @pytest.mark.parametrize("kind", ["yarn", "dynamic"])
 def test_other_rope_scaling_is_refused(kind):
     assert refused("'default' or 'linear', got", rope_scaling={"rope_type": kind, "factor": 2.0})
+
+
+@pytest.mark.parametrize("kind", ["yarn", "linear"])
+def test_rope_scaling_of_local_layers_is_refused(kind):
+    near = {"sliding_attention": {"rope_type": kind, "factor": 4.0}}
+    assert refused(f"RoPE of sliding_attention must be 'default', got '{kind}'",
+                   rope_parameters=near)  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from gemma_cot.results import (
     read_results,
     template_hash,
     write_results,
+    write_whole,
 )
 
 PROTOCOL = {"n": 3, "seed": 0, "temperature": 1.0, "model": "here"}
@@ -69,6 +70,19 @@ def test_rows_of_an_older_version_are_not_gone_on_with(tmp_path):
     with pytest.raises(ValueError, match="--resume: rows in .* got none of repetition: an older"):
         open_results(path, PROTOCOL, resume=True, overwrite=False)
     assert read_results(path) == [old]  # still good for --compare and --pass_rates
+
+
+def test_every_result_file_has_a_protocol_of_its_own(tmp_path):
+    paths = [tmp_path / name for name in ("m.v1", "m.v2", "t0.7", "a.jsonl", "plain")]
+    beside_them = {beside(path, "protocol.json") for path in paths}
+    assert len(beside_them) == len(paths)
+    assert beside(tmp_path / "a.jsonl", "summary.json").name == "a.summary.json"
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(tmp_path):
+    with pytest.raises(OSError):
+        write_whole(tmp_path, "text")
+    assert list(tmp_path.parent.glob(f"{tmp_path.name}.tmp")) == []
 
 
 def test_resuming_begins_where_nothing_is(tmp_path):

@@ -10,6 +10,7 @@ import warnings
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,14 +18,17 @@ from absl import flags
 from commands import refused_line
 from safetensors.numpy import load_file, save_file
 
+from gemma_cot import checkpoint
+from gemma_cot import run as run_module
 from gemma_cot.config import PRESETS, TrainConfig, embedded
 from gemma_cot.grpo.reward import RewardError
 from gemma_cot.model.sample import Samples
+from gemma_cot.results import KEYS, SUMMARY_KEYS
 from gemma_cot.resume import check_folder, digest, fingerprint
 from gemma_cot.rewards import read_rewards
-from gemma_cot.run import OUTPUTS, open_run, prepare
+from gemma_cot.run import OUTPUTS, Run, open_run, prepare
 from gemma_cot.settings import config_from_flags, define_flags
-from gemma_cot.tokenizer import encode
+from gemma_cot.tokenizer import decode, encode
 
 GOOD = {
     "domain": "math",
@@ -100,6 +104,17 @@ def test_fewer_rows_than_a_rollout_takes_are_warned_of(cfg, tmp_path):
 def test_rows_that_are_all_too_long(cfg, tmp_path):
     long = GOOD | {"prompt": "1 + " * 100 + "1"}
     refused(with_rows(cfg, tmp_path, long), "at least one of 1 rows must fit", "--max_prompt")
+
+
+def test_completions_longer_than_the_models_positions_are_refused(cfg):
+    long = dataclasses.replace(cfg, max_completion_tokens=99999)
+    refused(long, "--max_completion_tokens: prompt + completion must fit", "got 100063")
+
+
+def test_training_and_evaluation_ask_with_the_same_instruction(cfg):
+    run = prepare(dataclasses.replace(cfg, instruction="Think."))
+    for row in (run.train[0], run.eval[0]):
+        assert f"Think.\n\n{row.example.prompt}" in decode(run.tokenizer, row.prompt_ids)
 
 
 @pytest.fixture
@@ -182,6 +197,25 @@ def test_another_run_in_the_folder_is_never_touched(cfg):
     assert (out / "notes.txt").read_text() == "mine"  # only what a run writes is deleted
 
 
+def bare(cfg: TrainConfig, **rest) -> Run:
+    """Return a run without model, rows and rewards."""
+    return Run(cfg, None, None, None, [], [], [], None, [], {}, **rest)
+
+
+def test_overwriting_leaves_nothing_of_the_run_before(cfg):
+    out = Path(cfg.output_dir)
+    folders = "bad eval checkpoints adapter merged tensorboard traces profile wandb".split()
+    files = ("metrics.jsonl summary.json rejects.txt reward_errors.jsonl curves.svg "
+             "environment.json report.html").split()  # fmt: skip
+    for path in [*(out / name / "old" for name in folders), *(out / name for name in files)]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("old")
+    run = bare(dataclasses.replace(cfg, overwrite=True))
+    open_run(run)
+    run.close()
+    assert {path.name for path in out.iterdir()} == {".lock", "config.json", "fingerprint.json"}
+
+
 @pytest.mark.parametrize("name", ["config.json", "eval/mine.txt", "merged/w.bin"])
 def test_what_no_run_wrote_is_never_overwritten(cfg, name):
     """A model's folder, or another's files under a run's names."""
@@ -259,6 +293,29 @@ def test_flags_that_are_not_given_come_from_the_run_that_is_resumed(cfg):
         prepare(dataclasses.replace(config_from_flags(values), reward=("test_run:ones=2",)))
 
 
+ROW = json.dumps(dict.fromkeys(sorted(KEYS | SUMMARY_KEYS), 0)) + "\n"
+PRINTS = {"model": "1", "eval_data": "2", "code": "3"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, *({name: "other"} for name in ("instruction", "process_matcher", *PRINTS)),
+        {"max_prompt_tokens": 9}, {"max_completion_tokens": 9}, {"step": 9}, {"rows": [None]},
+    ],
+)  # fmt: skip
+def test_rows_asked_in_another_way_are_done_anew(cfg, changes):
+    def opened(step: int = 2, rows: tuple = (), **others) -> tuple[Path, list[dict]]:
+        prints = {name: others.pop(name, value) for name, value in PRINTS.items()}
+        run = bare(dataclasses.replace(cfg, resume=True, **others))
+        return dataclasses.replace(run, fingerprint=prints, eval=rows).open_eval("sft", step)
+
+    path, none = opened()
+    path.write_text(ROW)
+    _, kept = opened(**changes)
+    assert none == [] and kept == ([] if changes else [json.loads(ROW)])
+
+
 def test_resuming_nothing(cfg):
     refused(dataclasses.replace(cfg, resume=True), "--resume", "must hold a run")
 
@@ -323,6 +380,11 @@ def test_a_run_without_any_reward_is_refused(cfg):
     assert read_rewards(dataclasses.replace(none, reward=("test_run:fragile=-1",)))
 
 
+@pytest.mark.parametrize("name", ["reward_outcom", "-reward_code"])
+def test_a_best_by_a_reward_that_the_run_has_not_is_refused(cfg, name):
+    refused(dataclasses.replace(cfg, keep_best=name), "--keep_best", f"outcome), got '{name}'")
+
+
 def test_a_reward_that_cannot_score_is_refused_before_anything_is_done(cfg):
     own = dataclasses.replace(cfg, reward=("test_run:scores_in_a_tuple",))
     refused(own, "scores_in_a_tuple - must return a list - got type tuple")
@@ -385,6 +447,65 @@ def test_a_reward_may_not_bear_a_built_in_name(cfg, tmp_path, monkeypatch):
 @pytest.mark.skipif(find_spec("math_verify") is not None, reason="it is installed")
 def test_math_verify_without_the_extra_is_refused(cfg):
     refused(dataclasses.replace(cfg, math_verify=True), "--math_verify", "gemma_cot[math]")
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """The clock of run, at 100 s, which a test sets."""
+    clock = SimpleNamespace(now=100.0)
+    clock.monotonic = clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr(run_module, "time", clock)
+    return clock
+
+
+def test_a_checkpoint_is_due_by_steps_and_by_minutes(cfg, clock):
+    run = bare(dataclasses.replace(cfg, checkpoint_every=8, checkpoint_minutes=1.0), saved=100.0)
+    clock.now += 59
+    assert not run.save_due(0, 7) and not run.save_due(8, 9)
+    assert run.save_due(7, 8) and run.save_due(6, 10)
+    clock.now += 2
+    assert run.save_due(0, 1)
+    never = dataclasses.replace(cfg, checkpoint_every=0)
+    assert not bare(never, saved=100.0).save_due(7, 8)
+
+
+def test_the_best_checkpoint_is_kept_beside_the_latest(cfg):
+    run = bare(dataclasses.replace(cfg, keep_checkpoints=1, keep_best="-loss"))
+    for step, loss in enumerate((3.0, 1.0, 2.0, 4.0), 1):
+        run.save("sft", step, {"x": np.ones(1)}, {"loss": loss})
+    run.settle()
+    assert checkpoint.all_steps(run.out / "checkpoints") == [2, 4]
+
+
+def test_what_comes_at_the_end_is_reckoned_from_the_longest_so_far(cfg, clock):
+    def work(run: Run, seconds: float, *tokens: int) -> list[dict]:
+        clock.now += seconds
+        return [{"num_tokens": n} for n in tokens]
+
+    run = bare(cfg)
+    assert run.kept_back() == 15.0  # nothing is measured yet
+    run.timed("evaluate_base", work, 6.0, 50, 70)
+    run.timed("evaluate_sft", work, 10.0, 10, 30)
+    run.timed("evaluate_grpo", work, 2.0, 90)
+    run.timed("export", work, 4.0)
+    assert run.seconds == {
+        "evaluate_base": 6.0, "evaluate_sft": 10.0, "evaluate_grpo": 2.0, "export": 4.0
+    }  # fmt: skip
+    assert run.kept_back() == 15 + 1.25 * (10 + 4)
+    run.measured["rollout_tokens"] = 60.0  # three times those of the longest evaluation
+    assert run.kept_back() == 15 + 1.25 * (30 + 4) and run.kept_back(2) == 15 + 1.25 * (60 + 4)
+    run.measured["rollout_tokens"] = 10.0
+    assert run.kept_back() == 15 + 1.25 * (10 + 4)
+
+
+def test_sft_keeps_back_the_evaluation_after_grpo_too(cfg):
+    asked = SimpleNamespace(turn=lambda stage, step, total, reserve: reserve)
+    measured = {"evaluate": 10.0, "export": 4.0}
+    run = bare(cfg, session=asked, measured=measured)
+    assert run.turn("sft", 0, 5) == 15 + 1.25 * (2 * 10 + 4)
+    assert run.turn("grpo", 0, 5) == 15 + 1.25 * (10 + 4)
+    alone = bare(dataclasses.replace(cfg, grpo_steps=0), session=asked, measured=measured)
+    assert alone.turn("sft", 0, 5) == 15 + 1.25 * (10 + 4)
 
 
 def fragile(prompts, completions, **columns):

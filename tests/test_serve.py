@@ -22,7 +22,7 @@ from gemma_cot.model.sample import sample
 from gemma_cot.policy import Policy
 from gemma_cot.serve.app import listen, make_app, whole
 from gemma_cot.serve.engine import Row, advance, sendable, start
-from gemma_cot.serve.request import Request
+from gemma_cot.serve.request import Request, parse_request
 from gemma_cot.tokenizer import decode, encode_prompt, load_tokenizer
 
 LIMIT, BATCH = 12, 4
@@ -150,6 +150,26 @@ def test_earlier_turns_and_system_text_are_seen(url, policy):
     assert post(url, parts, max_tokens=1).json()["usage"]["prompt_tokens"] == counts[0]
 
 
+def test_a_request_says_what_is_asked(policy):
+    trained = dataclasses.replace(policy, instruction="Think.")
+
+    def parsed(*messages, **fields) -> Request:
+        body = {"model": "tiny", "messages": list(messages)} | fields
+        return parse_request(body, trained, "tiny", BATCH)
+
+    def ids(system: str) -> list[int]:
+        return encode_prompt(policy.tokenizer, ASK[0]["content"], system)
+
+    assert parsed(*ASK).prompt_ids == ids("Think.") != ids("")
+    for role in ("system", "developer"):
+        told = parsed({"role": role, "content": "Be brief."}, *ASK)
+        assert told.prompt_ids == ids("Be brief.")  # in place of the one of training
+    assert parsed(*ASK).max_tokens == LIMIT
+    for name in ("max_tokens", "max_completion_tokens"):
+        assert parsed(*ASK, **{name: 3}).max_tokens == 3
+    assert parsed(*ASK, max_tokens=9, max_completion_tokens=3).max_tokens == 3
+
+
 def test_clients_at_once_share_batches_and_nothing_is_compiled_anew(url):
     compiled = start._cache_size(), advance._cache_size()
 
@@ -199,6 +219,9 @@ def test_models_are_listed(url):
         ({"stop": ["a"] * 5}, "stop", 400),
         ({"stop": [""]}, "stop", 400),
         ({"top_p": 0.5}, "top_p", 400),
+        ({"top_k": 5}, "top_k", 400),
+        ({"temperature": 1e-9}, "temperature", 400),
+        ({"stream": "false"}, "stream", 400),
         ({"tools": [{}]}, "tools", 400),
         ({"response_format": {"type": "json_schema"}}, "response_format", 400),
     ],
@@ -214,6 +237,22 @@ def test_bad_requests_are_refused_in_openais_shape(url, fields, param, status):
 def test_a_body_that_is_no_request(url, body):
     response = httpx.post(f"{url}/chat/completions", content=body)
     assert response.status_code == 400 and response.json()["error"]["message"]
+
+
+def test_a_body_without_end_is_not_read_to_it(url):
+    body = b'{"model": "' + b"x" * 2**21 + b'"}'
+    response = httpx.post(f"{url}/chat/completions", content=body)
+    assert response.status_code == 413 and "at most 1048576 bytes" in response.text
+
+
+def test_a_client_that_goes_before_its_body_is_no_error(url, caplog):
+    host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"
+    for _ in range(3):
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(head)
+    assert len(texts(post(url, temperature=0))) == 1
+    assert "Exception in ASGI" not in caplog.text
 
 
 def test_other_addresses_and_methods(url):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from gemma_cot.config import PRESETS, TrainConfig
+from gemma_cot.config import LEAST_TEMPERATURE, PRESETS, TrainConfig
 from gemma_cot.settings import (
     check_batches,
     check_config,
@@ -116,11 +116,12 @@ AT_LEAST = {
         prompts_per_rollout mini_batch num_iterations length_buckets micro_batch eval_batch
         keep_checkpoints length_cache num_processes""",
     2: "num_generations",
+    LEAST_TEMPERATURE: "temperature",
 }
 BOUNDS = [(name, least) for least, names in AT_LEAST.items() for name in names.split()]
 CHOICES = ["on_bad_row", "kl", "kl_in", "objective", "aggregation", "baseline", "advantage_scale",
            "process_matcher", "dtype", "remat", "attention", "logprob"]  # fmt: skip
-ABOVE_ZERO = ["temperature", "max_grad_norm", "lora_alpha", "epsilon", "epsilon_high"]
+ABOVE_ZERO = ["max_grad_norm", "lora_alpha", "epsilon", "epsilon_high"]
 BELOW_ONE = ["adam_b1", "adam_b2"]
 
 
@@ -179,6 +180,7 @@ def test_every_number_has_a_bound():
         (dict(sft_learning_rate=INF), "--sft_learning_rate: must be finite, got inf"),
         (dict(seed=2**32), r"--seed: must be below 2\*\*32, .* got 4294967296; lower it"),
         (dict(output_dir=""), "--output_dir: must name a folder, got ''"),
+        (dict(keep_best="-"), "--keep_best: must be a metric or -metric, got '-'"),
         (dict(keep_best="rewards"), "--keep_best: must be a metric or -metric, got 'rewards'"),
         (dict(profile_steps="5"), "--profile_steps: must be FIRST:LAST, GRPO steps from 1 on"),
         (dict(profile_steps="5:4"), "--profile_steps: must be FIRST:LAST, .* got '5:4'"),
@@ -191,7 +193,7 @@ def test_contradictions_are_refused(changes, message):
 
 
 def test_a_refusal_reaches_the_command_line():
-    with pytest.raises(ValueError, match="--temperature: must be above 0, got 0.0"):
+    with pytest.raises(ValueError, match="--temperature: must be at least 0.0001, got 0.0"):
         parse("--temperature=0")
 
 

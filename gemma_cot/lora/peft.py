@@ -17,6 +17,7 @@ from gemma_cot.lora.lora import TARGETS, Lora
 from gemma_cot.model.load import (
     from_stored,
     read_json,
+    read_tensor,
     save_tensors,
     text_name,
     to_stored,
@@ -37,6 +38,8 @@ _PLAIN = {
     # PEFT's other initialisers (pissa, olora, loftq, ...) also change the base weights
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
+# The same of options that older releases of PEFT do not know: not written.
+_YOUNG = {"alora_invocation_tokens": (None,), "layer_replication": (None, [])}
 
 
 def pair_leaves(target: str) -> dict[str, Leaf]:
@@ -136,9 +139,10 @@ def read_scale(path: Path) -> tuple[int, float]:
 
     The factor is alpha / r, with use_rslora alpha / sqrt(r) (arXiv:2312.03732).
     """
-    defaults = {key: values[0] for key, values in _PLAIN.items()} | {"peft_type": None}
-    config = defaults | {"alora_invocation_tokens": None} | read_json(path)
-    for key, values in (_PLAIN | {"alora_invocation_tokens": (None,)}).items():
+    accepted = _PLAIN | _YOUNG
+    defaults = {key: values[0] for key, values in accepted.items()} | {"peft_type": None}
+    config = defaults | read_json(path)
+    for key, values in accepted.items():
         if config[key] not in values:
             raise ValueError(
                 f"{path}: {key} must be {' or '.join(map(repr, values))}, got {config[key]!r}; "
@@ -171,7 +175,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
                         f"tensor {name} in {path}: must be stored once, got it under two "
                         "prefixes; save the adapter again"
                     )
-                tensors[name] = file.get_tensor(stored_name).astype(np.float32)
+                tensors[name] = read_tensor(file, stored_name, path).astype(np.float32)
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path}: must be a whole safetensors file, got {error}; download it again"

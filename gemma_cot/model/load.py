@@ -152,7 +152,7 @@ def load_pretrained(
                         )
                     seen[name] = path.name
                     if name == "lm_head.weight":
-                        lm_head = file.get_tensor(stored_name)
+                        lm_head = read_tensor(file, stored_name, path)
                         continue
                     if name not in wanted:
                         raise ValueError(
@@ -160,7 +160,8 @@ def load_pretrained(
                             "Gemma 3 text model; weights and config.json are of different models"
                         )
                     leaf, i = wanted[name]
-                    value = from_stored(leaf, cfg.sizes, file.get_tensor(stored_name), name)
+                    stored = read_tensor(file, stored_name, path)
+                    value = from_stored(leaf, cfg.sizes, stored, name)
                     target = _leaf_of(leaves[leaf.path], leaf.path)
                     target[... if i is None else i] = value.astype(np_dtype)
         except (SafetensorError, OSError) as error:
@@ -178,6 +179,18 @@ def load_pretrained(
     if mesh is None:
         return cfg, jax.tree.map(jnp.asarray, params)
     return cfg, hosts.place(params, param_shardings(mesh))
+
+
+def read_tensor(file, name: str, path: Path) -> np.ndarray:
+    """Return a tensor of an open safetensors file. Raises ValueError for one of a quantised model,
+    whose numbers mean nothing by themselves."""
+    dtype = file.get_slice(name).get_dtype()
+    if dtype not in ("F64", "F32", "F16", "BF16"):
+        raise ValueError(
+            f"tensor {name} in {path}: must be float64, float32, float16 or bfloat16, got {dtype}; "
+            "take the model or adapter that is not quantised"
+        )
+    return file.get_tensor(name)
 
 
 def _leaf_of(tree: dict, path: str):

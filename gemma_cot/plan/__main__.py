@@ -9,6 +9,7 @@ this machine's devices, and --measure times the functions there.
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -173,6 +174,8 @@ def time_plan(
 def session_hours(cfg: TrainConfig, values: flags.FlagValues) -> float:
     """Return the hours of a session: --session_hours, else --session, else 9."""
     given = values.session_hours
+    if given and not math.isfinite(given):
+        raise ValueError(f"--session_hours: must be a number of hours, got {given}; set 9")
     return given or (session_seconds(cfg.session) / 3600 if cfg.session else 9.0)
 
 

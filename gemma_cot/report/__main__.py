@@ -23,7 +23,9 @@ FLAGS = flags.FLAGS
 def define_report_flags() -> None:
     """Define the flags of this command."""
     flags.DEFINE_string("run", "", "Folder of a run, finished or going.")
-    flags.DEFINE_string("output", "", "HTML file; empty: report.html or step_N.html in the run.")
+    flags.DEFINE_string(
+        "output", "", "HTML file, or a folder for report.html or step_N.html; empty: the run's."
+    )
     flags.DEFINE_integer("step", None, "Only the microscope, with all groups of this traced step.")
     flags.DEFINE_bool("watch", False, "Write the report anew until the run has ended.")
 
@@ -64,7 +66,9 @@ def main() -> None:
     if FLAGS.watch and FLAGS.step is not None:
         raise ValueError("--watch and --step: at most one may be set, got both; drop one")
     name = "report.html" if FLAGS.step is None else f"step_{FLAGS.step}.html"
-    output = Path(FLAGS.output or Path(FLAGS.run) / name)
+    output = Path(FLAGS.output or FLAGS.run)
+    if not FLAGS.output or FLAGS.output.endswith("/") or output.is_dir():
+        output /= name
     if FLAGS.step is not None:
         write_whole(output, step_html(gather(FLAGS.run), FLAGS.step))
     elif FLAGS.watch:

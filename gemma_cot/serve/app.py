@@ -19,12 +19,15 @@ from gemma_cot.policy import Policy
 from gemma_cot.serve.engine import Row, complete, weights_of, work
 from gemma_cot.serve.request import BadRequest, Request, error_body, parse_request
 
+MAX_BODY = 2**20  # bytes of a request: as much is read, and its text made tokens, for any client
+
 
 def make_app(policy: Policy, name: str, batch: int, seed: int):
     """Return the Starlette application, its model thread running. Compiles before it returns."""
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
-    from starlette.responses import JSONResponse, StreamingResponse
+    from starlette.requests import ClientDisconnect
+    from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 
     batch = round_up(batch, policy.mesh.shape["data"])
@@ -37,10 +40,12 @@ def make_app(policy: Policy, name: str, batch: int, seed: int):
 
     async def chat(http):
         try:
-            body = json.loads(await http.body())
+            body = json.loads(await read_body(http))
             json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair is no text
         except (ValueError, RecursionError) as error:
             raise BadRequest(f"the body must be JSON in UTF-8, got {error}") from None
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody reads it
         request = parse_request(body, policy, name, batch)
         number = seed + next(count) if request.seed is None else request.seed
         events, rows = submit(request, number % 2**32, batch, jobs)
@@ -69,6 +74,16 @@ def make_app(policy: Policy, name: str, batch: int, seed: int):
         ],
         exception_handlers={BadRequest: refuse, HTTPException: refuse, Exception: refuse},
     )
+
+
+async def read_body(http) -> bytes:
+    """Return the body of a request; raises BadRequest as soon as it is longer than MAX_BODY."""
+    body = bytearray()
+    async for part in http.stream():
+        body += part
+        if len(body) > MAX_BODY:
+            raise BadRequest(f"the body must be at most {MAX_BODY} bytes", status=413)
+    return bytes(body)
 
 
 def submit(

@@ -6,6 +6,7 @@ HTTP and no model beyond its tokenizer and limits.
 
 from dataclasses import dataclass
 
+from gemma_cot.config import LEAST_TEMPERATURE
 from gemma_cot.policy import Policy
 from gemma_cot.tokenizer import encode_prompt
 
@@ -14,6 +15,7 @@ MAX_STOPS = 4  # as OpenAI's
 NEUTRAL = {
     "top_p": (1,), "frequency_penalty": (0,), "presence_penalty": (0,), "logprobs": (False,),
     "logit_bias": ({},), "tools": ([],), "functions": ([],), "modalities": (["text"],),
+    "top_k": (0, -1), "min_p": (0,), "best_of": (1,), "echo": (False,), "top_logprobs": (0,),
 }  # fmt: skip
 
 
@@ -50,6 +52,8 @@ def parse_request(body: object, policy: Policy, name: str, batch: int) -> Reques
     for param, values in NEUTRAL.items():
         if body.get(param) is not None and body[param] not in values:
             raise BadRequest(f"{param} is not supported, got {body[param]!r:.60}", param)
+    if body.get("stream") not in (None, True, False):
+        raise BadRequest(f"stream must be true or false, got {body['stream']!r:.60}", "stream")
     form = body.get("response_format") or {"type": "text"}
     if not isinstance(form, dict) or form.get("type") not in ("text", "json_object"):
         raise BadRequest("response_format must be text or json_object", "response_format")
@@ -68,11 +72,15 @@ def parse_request(body: object, policy: Policy, name: str, batch: int) -> Reques
         raise BadRequest(f"stop must be a string or a list of strings, got {stop!r:.60}", "stop")
     if len(stop) > MAX_STOPS:
         raise BadRequest(f"stop must hold at most {MAX_STOPS} strings, got {len(stop)}", "stop")
+    temperature = _number(body, "temperature", (int, float), 1.0, 0, 2)
+    if 0 < temperature < LEAST_TEMPERATURE:
+        rule = f"temperature must be 0 or from {LEAST_TEMPERATURE} to 2, got {temperature!r}"
+        raise BadRequest(rule, "temperature")
     options = body.get("stream_options")
     return Request(
         prompt_ids=ids,
         n=_number(body, "n", int, 1, 1, batch),
-        temperature=_number(body, "temperature", (int, float), 1.0, 0, 2),
+        temperature=temperature,
         max_tokens=min(limit, policy.max_completion_tokens),
         stop=tuple(stop),
         seed=_number(body, "seed", int, None, -(2**63), 2**63 - 1),

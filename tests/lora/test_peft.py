@@ -130,6 +130,12 @@ def test_save_then_load_is_bit_identical(cfg, tmp_path, targets):
     assert_same(load_peft(tmp_path / "new" / "adapter", cfg), lora)
 
 
+def test_only_the_targets_that_are_there_are_named(cfg, tmp_path):
+    save_peft(tmp_path, cfg, drawn_lora(cfg, ("down", "v", "q")), None)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj", "down_proj"]
+
+
 @pytest.mark.parametrize(
     ("rank", "alpha", "written"),
     # 16 / 32 is exact; 29 / 7 is not: 29 / 7 * 7 = 29.000000000000004 in binary; 0.3 stays
@@ -281,6 +287,7 @@ def test_options_without_effect_are_fine(cfg, saved, folder):
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save must be .*got \['lm_head'\]; "),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights must be .*'pissa_niter_4'; "),
         ({"alora_invocation_tokens": [2]}, r"alora_invocation_tokens must be None, got \[2\]; "),
+        ({"layer_replication": [[1, 2], [0, 1]]}, r"layer_replication must be .*\[\[1, 2\]"),
         ({"r": 0}, "r must be a whole number from 1, got 0; repair it"),
         ({"r": "4"}, "r must be a whole number from 1, got '4'; "),
         ({"r": True}, "r must be a whole number from 1, got True; "),

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -193,6 +194,12 @@ def test_extra_tensor_is_named(model_dir):
     extra = {"model.layers.3.mlp.up_proj.weight": np.zeros((28, 20), np.float32)}
     rewrite(model_dir, lambda tensors: tensors.update(extra))
     assert refused(model_dir, r"model.layers.3.mlp.up_proj.weight in .* 3-layer")
+
+
+@pytest.mark.parametrize("dtype", [np.int8, jnp.float8_e4m3fn])
+def test_quantised_tensor_is_named(model_dir, dtype):
+    rewrite(model_dir, lambda tensors: tensors.update({NORM: tensors[NORM].astype(dtype)}))
+    assert refused(model_dir, f"tensor {NORM} in .*: must be float64, .* got (I8|F8_E4M3); take")
 
 
 def test_misshapen_tensor_is_named(model_dir):

@@ -14,10 +14,11 @@ import pytest
 from commands import refused_line
 from report_browser import ATTACK
 
+from gemma_cot.config import PRESETS, TrainConfig
 from gemma_cot.report.gather import gather
 from gemma_cot.report.page import embed, report_html, step_html
-from gemma_cot.report.panels import panels_of
-from gemma_cot.report.sections import side_by_side
+from gemma_cot.report.panels import figures, panels_of
+from gemma_cot.report.sections import record_html, side_by_side
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,31 @@ def test_settings_versions_and_data_card_are_there(html):
     assert "data card: " in html and "# Data card" in html
 
 
+def test_a_preset_is_named_only_where_all_of_it_holds(small_run):
+    run = gather(small_run)
+    words = "Every setting of the preset tiny holds."
+    cfg = dataclasses.asdict(TrainConfig(**PRESETS["tiny"]))
+    assert words in record_html(dataclasses.replace(run, config=cfg))
+    changed = dataclasses.replace(run, config=cfg | {"micro_batch": 8})
+    assert "Every setting" not in record_html(changed)
+
+
+def test_a_caption_has_first_last_least_and_most(small_run):
+    rows = [{"stage": "sft", "step": s, "loss": x} for s, x in enumerate((4.0, 1.0, 8.0, 2.5), 1)]
+    html = figures(dataclasses.replace(gather(small_run), metrics=rows))
+    heads = "".join(f'<th scope="col">{word}</th>' for word in ("first", "last", "least", "most"))
+    assert heads in html
+    cells = "<td>4</td><td>2.5</td><td>1</td><td>8</td>"
+    assert f'<th scope="row">loss</th>{cells}' in html
+
+
+def test_an_evaluation_under_way_may_end_in_half_a_line(small_run, tmp_path):
+    path = shutil.copytree(small_run, tmp_path / "run") / "eval" / "sft.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3]) + lines[3][:40])
+    assert [row["id"] for row in gather(tmp_path / "run").results["sft"]] == [1, 2, 3]
+
+
 def test_a_run_that_goes_on_shows_how_far_it_is(small_run):
     run = gather(small_run)
     going = dataclasses.replace(run, summary={}, metrics=run.metrics[:40])
@@ -114,6 +140,12 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
         [sys.executable, "-m", "gemma_cot.report", *arguments], capture_output=True, text=True,
         timeout=300, env=os.environ,
     )  # fmt: skip
+
+
+def test_a_folder_for_the_report_gets_a_file_in_it(small_run, tmp_path):
+    done = command(f"--run={small_run}", f"--output={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report.html").is_file()
 
 
 def test_watching_a_run_ends_with_it(small_run, tmp_path):
