@@ -28,7 +28,7 @@ LETTERS = {
     "F": "MLP hidden width",
     "V": "vocabulary",
     "R": "LoRA rank",
-    "C": "chunk of positions whose logits exist at one time",
+    "C": "what is taken at one time: positions, or tokens of a part of the vocabulary",
 }
 
 MESH_AXES = ("data", "model")

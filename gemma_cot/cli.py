@@ -68,7 +68,11 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errn
 def _parse(argv: list[str]) -> list[str]:
     """Parse flags; unknown or malformed ones end the process before anything else happens."""
     try:
+        "".join(argv).encode()
         return flags.FLAGS(argv)
+    except UnicodeEncodeError as error:
+        got = error.object[error.start :]
+        _refuse(f"flags must be text in UTF-8, got {got!a:.60}; convert it")
     except flags.Error as error:
         _refuse(f"{error}; --helpfull lists every flag")
 

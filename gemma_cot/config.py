@@ -3,8 +3,9 @@
 A flag's default and help text are the dataclass field below and nothing else (`settings` makes the
 flags and checks them); a preset is a dict of overrides. Precision, in one paragraph: base weights
 and activations are float32 on a CPU and bfloat16 on accelerators (`--dtype`); norms, softmax,
-log-softmax, LoRA adapters, gradients and optimiser state are float32 everywhere; tests run in
-float32. No function hard-codes a dtype for weights or activations.
+log-softmax, LoRA adapters, sums of gradients and optimiser state are float32 everywhere, and
+adapters meet activations in the dtype of these; tests run in float32. No function hard-codes a
+dtype for weights or activations.
 """
 
 from dataclasses import dataclass, field
@@ -220,7 +221,7 @@ class TrainConfig:
     )
 
 
-# --preset: command, hardware, what to expect -> overrides of the defaults above.
+# --preset: command, hardware -> overrides of the defaults above.
 PRESETS: dict[str, dict] = {
     # python -m gemma_cot.train: 2 CPU cores, minutes; benchmarks/RESULTS.md has what it reached.
     "tiny": dict(

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 METRICS = {
-    "loss": "What is minimised: SFT mean nats a token; GRPO 0 + beta * KL on-policy, not CISPO.",
+    "loss": "Minimised: SFT nats a token; GRPO on-policy beta * KL if rows weigh alike, not CISPO.",
     "grad_norm": "Euclidean norm of the whole gradient, before clipping.",
     "skipped": "Whether loss or gradient was not finite and the update left out: 1, else 0.",
     "learning_rate": "Learning rate of this update.",
@@ -36,7 +36,7 @@ METRICS = {
     "kl": "Estimated KL divergence of the policy from the reference policy, nats a token.",
     "entropy": "Entropy of the policy's next-token distribution, nats a token; 0 is certainty.",
     "ratio_max": "Largest probability ratio of policy to old policy; 1 when on-policy.",
-    "clip_share": "Share of completion tokens with a clipped ratio; only CISPO learns from them.",
+    "clip_share": "Share of tokens with a clipped ratio; their reward then moves CISPO only.",
     "completion_tokens": "Mean length of a completion in tokens, its stop token included.",
     "decode_useful": "Share of the sampler's decode steps that went into rows not yet ended.",
     "truncated_rate": "Share of completions cut off at the length limit, without a stop token.",
@@ -76,7 +76,7 @@ _GRPO_LINE = (
     "{speed} tok/s",
     "rollout {seconds_rollout:.2f}s reward {seconds_reward:.2f}s update {seconds_update:.2f}s",
 )
-_ON_POLICY = " (on-policy: watch grad)"  # the surrogate is 0, but for CISPO, its gradient is not
+_ON_POLICY = " (on-policy: watch grad)"  # a surrogate near 0 has a gradient that is not
 
 
 class MetricsWriter:

@@ -69,8 +69,9 @@ def define_policy_flags() -> None:
     flags.DEFINE_string("model", "", "Hugging Face model folder; empty: the embedded tiny model.")
     flags.DEFINE_string("adapter", "", "PEFT adapter folder to put on it; empty: none.")
     flags.DEFINE_string("instruction", None, "Text before the question; default: as trained.")
-    flags.DEFINE_integer("max_prompt_tokens", None, "Longest prompt; default: as trained.")
-    flags.DEFINE_integer("max_completion_tokens", None, "Longest completion; default: as trained.")
+    for part, most in (("prompt", 256), ("completion", 512)):
+        text = f"Longest {part}; default: as trained, else {most}."
+        flags.DEFINE_integer(f"max_{part}_tokens", None, text)
     flags.DEFINE_enum(
         "dtype", "auto", ["auto", "float32", "bfloat16"], "Weights, activations; auto: by device."
     )
@@ -78,7 +79,7 @@ def define_policy_flags() -> None:
         "attention", "reference", ["reference", "pallas"], "Plain jnp, or TPU kernels."
     )
     flags.DEFINE_integer("seed", 0, "Seed of sampling.", 0, 2**32 - 1)
-    flags.DEFINE_string("mesh", "auto", "Devices as DATAxMODEL; auto: all of them on data.")
+    flags.DEFINE_string("mesh", "auto", "Devices as DATAxMODEL; auto: suits model and memory.")
 
 
 def check_positions(cfg: ModelConfig, max_prompt_tokens: int, max_completion_tokens: int) -> None:
@@ -108,6 +109,11 @@ def check_temperature(values: flags.FlagValues) -> None:
 def load_policy(values: flags.FlagValues) -> Policy:
     """Load what the flags name. Raises ValueError, one line, for anything missing or unfit."""
     model_dir = values.model or embedded("tiny_model")
+    if "lora_rank" in (config := read_json(Path(model_dir) / "config.json")):
+        raise ValueError(
+            f"--model: must be a model's folder, got {model_dir}, that of a run; set "
+            f"--model={Path(model_dir) / 'merged'}"
+        )
     recipe = read_recipe(values.adapter, model_dir)
     for name in recipe:
         if values[name].value is not None:
@@ -115,8 +121,7 @@ def load_policy(values: flags.FlagValues) -> Policy:
     for name in ("max_prompt_tokens", "max_completion_tokens"):
         if recipe[name] < 1:
             raise ValueError(f"--{name}: must be at least 1, got {recipe[name]}; raise it")
-    cfg = ModelConfig.from_hf(read_json(Path(model_dir) / "config.json"))
-    cfg = replace(cfg, attention=values.attention)
+    cfg = replace(ModelConfig.from_hf(config), attention=values.attention)
     check_positions(cfg, recipe["max_prompt_tokens"], recipe["max_completion_tokens"])
     tokenizer = load_tokenizer(model_dir, cfg.vocab_size)
     lora = load_peft(values.adapter, cfg) if values.adapter else None

@@ -169,6 +169,12 @@ def check_same(cfg: TrainConfig, now: dict) -> None:
     differ = {n: (before.get(n), v) for n, v in flags.items() if before.get(n) != v}
     stored = read_json(folder / FILE) if (folder / FILE).exists() else {}
     now = json.loads(json.dumps(now))
+    for name in ("train_data", "eval_data"):
+        if now[name] is None and name not in allowed:
+            raise ValueError(
+                f"--{name}: the run's rows must be there, got no file {getattr(cfg, name)!r} in "
+                f"{Path.cwd()}; set --{name} to where they lie now"
+            )
     differ |= {n: (stored.get(n), v) for n, v in now.items() if stored.get(n) != v}
     differ = {name: pair for name, pair in differ.items() if name not in allowed}
     if differ:

@@ -1,6 +1,7 @@
 """From flags to a checked TrainConfig: a flag per field, a preset under them, one clear refusal.
 
-No default lives here; see config.TrainConfig and config.PRESETS. Called by the command lines.
+No default but that of --preset lives here; see config.TrainConfig and config.PRESETS. Called by the
+command lines.
 """
 
 import dataclasses
@@ -54,7 +55,8 @@ _BELOW_ONE = ("adam_b1", "adam_b2")
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Define --preset and one absl flag per field of TrainConfig on `values`."""
     flags.DEFINE_enum(
-        "preset", "tiny", sorted(PRESETS), "Named set of defaults; flags win over it.", values
+        "preset", "tiny", sorted(PRESETS), "Named set of defaults, in force before those listed "
+        "with the flags; flags win over it.", values
     )
     _define(values, [item.name for item in dataclasses.fields(TrainConfig)])
 
@@ -75,7 +77,10 @@ def _define(values: flags.FlagValues, names: Sequence[str]) -> None:
     for item in dataclasses.fields(TrainConfig):
         if item.name in names:
             default = list(item.default) if isinstance(item.default, tuple) else item.default
-            define[item.type](item.name, default, item.metadata["help"], flag_values=values)
+            presets = {name: below.get(item.name) for name, below in PRESETS.items()}
+            told = ", ".join(f"{name}: {x}" for name, x in presets.items() if x is not None)
+            text = item.metadata["help"] + f" ({told})" * bool(told)
+            define[item.type](item.name, default, text, flag_values=values)
 
 
 def config_from_flags(values: flags.FlagValues) -> TrainConfig:

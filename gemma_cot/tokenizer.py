@@ -1,8 +1,8 @@
 """SentencePiece tokenizer with Gemma 3's control tokens, and the one chat template.
 
 `render_turns` is the only place that builds a prompt's text: SFT, rollout, evaluation, generation
-and export all go through it. Exactly one <bos>, no system role: system text goes first inside the
-user turn. Knows no dataset.
+and server all go through it (CHAT_TEMPLATE says the same to transformers). Exactly one <bos>, no
+system role: system text goes first inside the user turn. Knows no dataset.
 """
 
 from collections.abc import Sequence

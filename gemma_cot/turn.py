@@ -1,7 +1,7 @@
 """A turn of the GRPO loop up to its updates: which rows, sampling, scores, log-probs, advantages.
 
 Called by train, and by replay, which makes the same turns again. Everything is a function of the
-checkpoint and (seed, step); nothing here is written or printed.
+checkpoint and (seed, step); what is written meanwhile is the caller's (`meanwhile`).
 """
 
 import dataclasses
@@ -115,7 +115,8 @@ def roll_out(run: Run, lora, rows: list, number: int):
     key = jax.random.fold_in(jax.random.key(cfg.seed), ROLLOUT_KEY)
     key = jax.random.fold_in(key, number)
     ids, beyond = [row.example.id for row in rows], run.train[-1].example.id + 1
-    ids = [x + beyond * ids[:i].count(x) for i, x in enumerate(ids)]  # again: drawn anew
+    # A row that comes again gets a number past the last line's, so that its draws are others.
+    ids = [x + beyond * ids[:i].count(x) for i, x in enumerate(ids)]
     return sample_prompts(
         run.params, run.model_cfg, lora, [row.prompt_ids for row in rows], run.width, key, run.mesh,
         prompt_ids=ids, num_completions=cfg.num_generations,

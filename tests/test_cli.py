@@ -59,6 +59,13 @@ def test_ctrl_c_is_one_line_and_exit_code_130(told, line):
     assert done.stderr == f"\nstopped by SIGINT{line}\n"
 
 
+def test_a_flag_that_is_no_text_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli._parse(["command", "--preset=\udcff"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(r"error: flags must be text in UTF-8, got '\udcff'")
+
+
 def test_a_reader_that_goes_away_ends_no_command(tmp_path):
     code = """if True:
         from pathlib import Path

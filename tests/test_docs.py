@@ -60,3 +60,11 @@ def test_links_lead_somewhere(page):
         target = page.parent / place if place else page
         assert target.exists(), f"{page.name}: {place}"
         assert not anchor or anchor in anchors(target), f"{page.name}: {place}#{anchor}"
+
+
+def test_the_readme_prints_the_glossary_of_metrics():
+    from gemma_cot.metrics import METRICS
+
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    shown = {name: text for name, text in rows if name in METRICS}
+    assert shown == METRICS

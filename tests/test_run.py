@@ -320,6 +320,18 @@ def test_resuming_nothing(cfg):
     refused(dataclasses.replace(cfg, resume=True), "--resume", "must hold a run")
 
 
+def test_rows_that_are_not_where_they_were_are_asked_for(cfg, tmp_path):
+    cfg = with_rows(cfg, tmp_path, GOOD)
+    run = prepare(cfg)
+    open_run(run)
+    run.close()
+    Path(cfg.train_data).rename(tmp_path / "elsewhere.jsonl")
+    again = dataclasses.replace(cfg, resume=True)
+    with pytest.raises(ValueError, match=f"--train_data: .*{cfg.train_data}.*set --train_data to"):
+        prepare(again)
+    prepare(dataclasses.replace(again, train_data=str(tmp_path / "elsewhere.jsonl")))
+
+
 LOCKING = """
 import fcntl, os, sys
 fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)

@@ -2,7 +2,7 @@
 
 One rollout of P prompts gives P / mini_batch optimiser steps. Policy, old and reference log-probs
 all come from `model.logprob`; when a rollout feeds one update only, pi_old is the policy itself
-(ratio 1), else it is the policy from before the first of them, frozen.
+(ratio 1), else, and where else `needs_old` says, that from before the first of them, frozen.
 """
 
 import math

@@ -83,7 +83,8 @@ def known_alarms(run: RunFiles) -> list[Finding]:
     found = [Finding("alarm", line.removeprefix("ALARM: ")) for line in lines]
     told: dict[str, list[dict]] = {}  # the same alarm with other numbers in it counts as the same
     for one in alarms.onsets(run.metrics):
-        told.setdefault(re.sub(r"[0-9.e%+-]+", "#", one["alarm"]), []).append(one)
+        kind = f"{one['stage']} {re.sub(r'[0-9.e%+-]+', '#', one['alarm'])}"
+        told.setdefault(kind, []).append(one)
     for same in told.values():
         first, more = same[0], len(same) - 1
         times = f"{more} times, the last " if more > 1 else ""
@@ -225,7 +226,7 @@ def updates(run: RunFiles) -> list[Finding]:
         found.append(
             Finding(
                 "watch",
-                f"{percent(ends(clipped)[1])} of tokens were clipped and gave no gradient.",
+                f"{percent(ends(clipped)[1])} of tokens were clipped; their reward moved nothing.",
                 "A lower --learning_rate, or fewer updates a rollout (--prompts_per_rollout / "
                 "--mini_batch).",
             )

@@ -42,7 +42,7 @@ def table(head: list[str], rows: list[list[str]], first_is_head: bool = True) ->
 def findings_html(findings: list[Finding]) -> str:
     """Return the diagnosis as a list."""
     if not findings:
-        return "<p>Nothing to say yet: no step and no evaluation is there.</p>"
+        return "<p>Nothing to say: no step was made so far.</p>"
     items = []
     if not any(finding.level == "alarm" for finding in findings):
         items.append('<li class="good"><b>No alarm.</b></li>')

@@ -55,7 +55,7 @@ def test_a_quiet_run_gets_one_note():
         ({"completion_tokens": (80, 30)}, "watch", "Completions went from 78 to 32 tokens"),
         ({"repetition": (0.0, 0.3)}, "watch", "repeat an earlier one"),
         ({"entropy": (0.4, 0.04)}, "watch", "Entropy fell from 0.385 to 0.0553"),
-        ({"clip_share": (0.1, 0.4)}, "watch", "were clipped and gave no gradient"),
+        ({"clip_share": (0.1, 0.4)}, "watch", "were clipped; their reward moved nothing"),
         ({"logp_drift_mean": (1e-6, 1e-3)}, "watch", "that is no rounding"),
         ({"reward_process": (0.0, 0.0)}, "watch", "The reward process was never earned"),
         ({"reward_format": (0.99, 1.0)}, "note", "The reward format was earned nearly always"),
@@ -81,6 +81,15 @@ def test_the_same_alarm_is_told_once_with_its_count():
         row["kl"] = 2.0 if row["step"] % 100 < 30 else 0.0
     (alarm,) = [f for f in diagnose(run) if f.level == "alarm"]
     assert alarm.text.startswith("grpo step 20 (again at step 105): KL is 2 nats a token")
+
+
+def test_an_alarm_of_another_stage_is_another():
+    run = quiet(200)
+    run.metrics[0] |= {"kl": 2.0}
+    run.metrics[:] = [row | {"skipped": float(row["step"] == 3)} for row in run.metrics]
+    run.metrics[:0] = [row | {"stage": "sft"} for row in run.metrics[:5]]
+    alarms = [f.text for f in diagnose(run) if f.level == "alarm" and "not finite" in f.text]
+    assert [text.partition(":")[0] for text in alarms] == ["sft step 3", "grpo step 3"]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +124,14 @@ def test_format_up_and_answers_down_and_canaries_are_told_in_the_runs_own_words(
     assert any("format rises while answers fall" in text for text in alarms)
     assert any(text.startswith("the hack 'nothing' earns 0.95") for text in alarms)
     assert any("Rewards raised on 3 rows" in text for text in alarms)
+
+
+def test_a_reward_that_seldom_fails_to_apply_is_weighed_against_all_steps():
+    run = quiet(20)
+    rows = [row | {"none_process": 0.5} for row in run.metrics[:5]] + run.metrics[5:]
+    texts = [f.text for f in diagnose(dataclasses.replace(run, metrics=rows))]
+    # half of 5 steps of 20
+    assert "The reward process did not apply to 12.5 % of completions." in texts
 
 
 def test_a_run_that_was_ended_by_its_clock_says_so():
