@@ -80,6 +80,35 @@ def test_the_stage_panel_shows_rates_and_whiskers():
     assert " 190.8V218.4M" in whisker.get("d")
 
 
+def legend_of(drawn):
+    """Return {colour of a mark: the name to its right}."""
+    names = {float(text.get("x")): text.text for text in drawn.iter(f"{SVG}text")
+             if text.get("y") == "43.0"}  # fmt: skip
+    return {mark.get("fill"): names[float(mark.get("x")) + 17] for mark in drawn.iter(f"{SVG}rect")}
+
+
+def test_every_name_of_a_legend_has_the_heights_of_its_metric():
+    rates = {"full_format_accuracy": 0.75, "answer_accuracy": 0.5, "process_score": 0.25}
+    rewards = {"reward_format": 0.75, "reward_process": 0.25, "reward_outcome": 0.5}
+    rows = [{"stage": "grpo", "step": step, **rewards} for step in (1, 2)]
+    _, panels = panels_of(curves.curves_svg(rows, {"stages": {"base": {"n": 4} | rates}}))
+    height = {"75.0": "108.0", "50.0": "154.0", "25.0": "200.0"}  # 246 - 184 * rate
+    drawn = panels["GRPO reward parts (unweighted)"]
+    lines = {line.get("stroke"): line.get("points").split(",")[-1]
+             for line in drawn.iter(f"{SVG}polyline")}  # fmt: skip
+    assert {name: lines[colour] for colour, name in legend_of(drawn).items()} == {
+        "format": height["75.0"], "process": height["25.0"], "outcome": height["50.0"],
+    }  # fmt: skip
+    drawn = panels[curves.STAGE_TITLE]
+    points = {point.get("fill"): point.get("cy") for point in drawn.iter(f"{SVG}circle")}
+    numbers = {text.get("fill"): text.text for text in drawn.iter(f"{SVG}text")}
+    legend = legend_of(drawn)
+    assert {name: numbers[colour] for colour, name in legend.items()} == {
+        "full format": "75.0", "answer": "50.0", "process": "25.0",
+    }  # fmt: skip
+    assert all(points[colour] == height[numbers[colour]] for colour in legend)
+
+
 def test_lines_pass_through_their_values():
     rows = [{"stage": "sft", "step": s, "loss": loss} for s, loss in ((0, 1.0), (5, 3.0), (10, 5))]
     _, panels = panels_of(curves.curves_svg(rows, None))

@@ -12,7 +12,9 @@ from teacher_server import problems, solution
 
 from gemma_cot.config import embedded
 from gemma_cot.distill.answer import exact_equation, make_row, parse_solution
+from gemma_cot.distill.collect import worst_usd
 from gemma_cot.distill.settings import Price, Settings, is_peak, usd
+from gemma_cot.distill.teacher import read_answer
 from gemma_cot.distill.template import Question, request_body, request_key, system_prompt
 from gemma_cot.grpo.reward import format_reward, outcome_reward, process_reward
 from gemma_cot.prepare.convert import Rejected
@@ -201,3 +203,21 @@ def test_prices_by_hand():
     assert usd(price, usage, night) == pytest.approx(1.604)
     assert usd(price, usage, peak) == pytest.approx(3.208)
     assert usd(None, usage, peak) == 0
+
+
+def test_the_worst_that_a_request_costs_is_at_peak_prices():
+    body = {"messages": [{"content": "abc"}, {"content": "d"}], "max_tokens": 10}
+    # 4 characters at 2 dollars a million, 10 tokens at 3
+    assert worst_usd(Price(0.1, 2.0, 3.0), body) == pytest.approx(38e-6)
+    assert worst_usd(Price(0.1, 2.0, 3.0, 2.0), body) == pytest.approx(76e-6)
+    assert worst_usd(None, body) == 0
+
+
+@pytest.mark.parametrize(
+    "cached", [{"prompt_cache_hit_tokens": 5}, {"prompt_tokens_details": {"cached_tokens": 5}}]
+)
+def test_cached_tokens_are_read_under_either_name(cached):
+    usage = {"prompt_tokens": 9, "completion_tokens": 2} | cached
+    choice = {"message": {"content": "{}"}, "finish_reason": "stop"}
+    answer = read_answer(None, json.dumps({"choices": [choice], "usage": usage}))
+    assert answer["usage"] == {"prompt_tokens": 9, "cached_tokens": 5, "completion_tokens": 2}

@@ -13,6 +13,7 @@ from gemma_cot.grpo.rollout import (
     Rollout,
     combine_rewards,
     completion_texts,
+    mean_metrics,
     reward_columns,
     rollout_metrics,
     score_samples,
@@ -172,6 +173,14 @@ def test_metrics_of_a_rollout():
             "none_own": 1.0,
         }
     )
+
+
+def test_a_reward_that_applied_to_all_of_a_rollout_counts_as_none_missing():
+    some, all_ = ({"format": [1.0, 1.0], "process": scores} for scores in ([None, 1.0], [0.0, 0.0]))
+    rollouts = [make_rollout([[1.0, 1.0]], [[1, 1]], scores) for scores in (some, all_)]
+    means = mean_metrics(rollouts)
+    assert means["none_process"] == 0.25  # of 0.5 and 0
+    assert means["reward_process"] == 0.5 and "none_format" not in means
 
 
 def test_metrics_when_no_completion_has_a_reward():

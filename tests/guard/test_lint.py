@@ -2,6 +2,8 @@
 
 import re
 import time
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,6 +46,14 @@ def test_our_own_rewards_pass(reward, part):
     assert report.judged == len(corpus())
     assert {name for name, effect in report.pays_for.items() if effect} == {part}
     assert report.pays_for[part] == 1.0
+
+
+def test_speed_is_cases_a_second(monkeypatch):
+    clock = count(0.0, 0.25)  # a quarter of a second from each look at it to the next
+    monkeypatch.setattr(lint, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    report = lint_reward(format_reward)
+    assert report.per_second == 4.0 and report.slow == []
+    assert "speed      4 completions a second, one at a time" in lines(report)
 
 
 def test_a_mixture_of_parts_is_judged_by_what_it_pays_for_each():

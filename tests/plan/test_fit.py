@@ -1,11 +1,14 @@
 """What to change when a run does not fit, and how much more would fit."""
 
+import dataclasses
 import re
+from types import SimpleNamespace
 
 import pytest
 
-from gemma_cot.plan.fit import largest_rollout, needs, refusal
+from gemma_cot.plan.fit import largest_rollout, needs, refusal, rollout_step
 from gemma_cot.plan.programs import FUNCTIONS, call_of, compile_call
+from gemma_cot.settings import check_batches
 
 GIB = 2**30
 
@@ -38,6 +41,17 @@ def test_the_largest_rollout_is_named_where_it_is_known(make_setup):
     needed = dict.fromkeys(FUNCTIONS, 1.0 * GIB) | {"decode": 3.0 * GIB}
     assert "set --prompts_per_rollout=6 or" in refusal(make_setup(), needed, 2.0 * GIB, largest=6)
     assert "set --mesh=2x2" in refusal(make_setup(), needed, 2.0 * GIB, largest=0)
+
+
+def test_the_rollout_that_is_advised_divides_over_mini_batches_and_devices(make_setup):
+    needed = dict.fromkeys(FUNCTIONS, 1.0 * GIB) | {"decode": 3.0 * GIB}
+    setup = make_setup(mini_batch=2, prompts_per_rollout=12)
+    line = refusal(setup, needed, 2.0 * GIB)
+    advised = int(re.search(r"set --prompts_per_rollout=(\d+) or less", line)[1])
+    assert advised == 4, "the least common multiple of mini-batch 2 and 4 devices, below 12 / 2"
+    check_batches(dataclasses.replace(setup.cfg, prompts_per_rollout=advised), setup.data)
+    eight = SimpleNamespace(cfg=make_setup(mini_batch=4).cfg, data=8)
+    assert rollout_step(eight) == 8
 
 
 def test_where_nothing_is_left_to_cut_a_larger_topology_is_named(make_setup):

@@ -8,6 +8,7 @@ from gemma_cot.data import Encoded, Example
 from gemma_cot.grpo.step import add_advantages, mini_batches
 from gemma_cot.model.sample import Samples
 from gemma_cot.optim import split_batch
+from gemma_cot.plan.chips import CHIPS
 from gemma_cot.plan.clock import concrete
 from gemma_cot.plan.programs import NEVER, call_of, chip_bytes, gib_wanted, grpo_batch
 from gemma_cot.sft import sft_batch
@@ -75,6 +76,8 @@ def test_lack_of_memory_is_told_from_other_failures():
         "required for HLO temporaries (16.36G) exceeds available HBM (15.75G). HLO module: jit_step"
     )
     assert gib_wanted(message) == 16.36
+    available = CHIPS["TPU v5 lite"].memory / 2**30
+    assert f"exceeds available HBM ({available:g}G)" in message
     assert gib_wanted(message.replace("16.36G", "1.5T")) == 1536
     with pytest.raises(RuntimeError, match="INTERNAL"):
         gib_wanted("INTERNAL: Mosaic failed to compile")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import resource
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from gemma_cot.data import MAX_LINE, read_jsonl
 from gemma_cot.prepare import filters
-from gemma_cot.prepare.card import markdown, quantiles
+from gemma_cot.prepare.card import Report, lengths_svg, markdown, quantiles
 from gemma_cot.prepare.convert import read_rows
 from gemma_cot.prepare.filters import grams, in_eval, near_duplicates
 from gemma_cot.prepare.pipeline import prepare
@@ -77,6 +78,38 @@ def test_every_dropped_row_is_listed_with_its_reason(cfg, tokenizer, tmp_path):
     report.groups["train", "science", "none"] += 1
     assert "Reasoning `none`: the file has no worked solution" in markdown(report)
     assert (Path(cfg.output) / "lengths.svg").read_text().startswith("<svg")
+
+
+def test_only_code_keeps_its_case(cfg, tokenizer):
+    calls = [row(f"What does f({name}) return?") | {"domain": "code"} for name in "Aa"]
+    write(cfg.input[0], [*calls, row("What is f(A)?"), row("what is  F(a)?")])
+    assert prepare(cfg, tokenizer).kept == 3
+    assert rejects(cfg) == [(4, "duplicate")]
+
+
+def test_a_test_set_may_have_another_layout_than_the_rows(cfg, tokenizer, tmp_path):
+    published = {"question": "What is twice 2?", "answer": "It is 2 * 2 = <<2*2=4>>4.\n#### 4"}
+    write(tmp_path / "test.jsonl", [published])
+    write(cfg.input[0], [row("what is twice 2?"), row("What is half of 8?")])
+    against = (f"gsm8k:{tmp_path / 'test.jsonl'}",)
+    report = prepare(dataclasses.replace(cfg, against=against), tokenizer)
+    assert (report.test_questions, report.kept) == (1, 1)
+    assert rejects(cfg) == [(1, "in_test_set")]
+
+
+def test_the_card_counts_rows():
+    limits = {"max_prompt_tokens": 400, "max_completion_tokens": 400, "pass_rates": ()}
+    report = Report(limits)
+    kind = {"split": "train", "domain": "math", "reasoning": "published"}
+    for tokens, checkpoints in ((10, 0), (10, 1), (10, 1), (399, 2)):
+        report.add(kind | {"prompt_tokens": tokens, "completion_tokens": 5,
+                           "checkpoints": checkpoints})  # fmt: skip
+    assert report.unmeasured == 0  # no --pass_rates: nothing was to be measured
+    assert "- rows without a checkpoint: 1\n" in markdown(report)
+    svg = lengths_svg(report)
+    assert "prompt_tokens, 0 to 400; highest bar 3 rows" in svg
+    heights = re.findall(r'height="([\d.]+)" fill="#0072b2"', svg)[:40]  # bars of 10 tokens
+    assert (heights[1], heights[39], heights[20]) == ("170.0", "56.7", "0.0")
 
 
 def test_limits_count_the_stop_token_and_are_inclusive(cfg, tokenizer):
