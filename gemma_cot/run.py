@@ -61,7 +61,8 @@ class Run:
     session: Session = field(default_factory=Session)
     saver: checkpoint.Saver = field(default_factory=checkpoint.Saver)
     saved: float = field(default_factory=time.monotonic)  # when the latest checkpoint began
-    seconds: dict[str, float] = field(default_factory=dict)  # phase -> wall-clock seconds
+    seconds: dict[str, float] = field(default_factory=dict)  # phase -> seconds, of all sessions
+    under_way: tuple[str, float] = ("", 0.0)  # the phase that runs, and when it would have begun
     measured: dict[str, float] = field(default_factory=dict)  # what `kept_back` goes by
     reward_errors: list[dict] = field(default_factory=list)  # rows on which a reward raised
     errors_kept: int = 0  # of these, in reward_errors.jsonl
@@ -105,7 +106,8 @@ class Run:
         folder, self.saved = self.out / "checkpoints", time.monotonic()
         if hosts.is_writer() and checkpoint.fault(folder / str(number)):  # not there, or broken
             finite = {n: v for n, v in metrics.items() if isinstance(v, float) and math.isfinite(v)}
-            meta = {"stage": stage, "step": step, "metrics": finite, "measured": self.measured}
+            meta = {"stage": stage, "step": step, "metrics": finite, "measured": self.measured,
+                    "seconds": self.spent()}  # fmt: skip
             keep = partial(
                 checkpoint.prune, folder, number, self.cfg.keep_checkpoints, self.cfg.keep_best
             )
@@ -217,14 +219,16 @@ class Run:
         return canaries.alarms(self.canaries[stage])
 
     def timed(self, name: str, work, *args):
-        """Return work(self, *args), its wall-clock time kept under `name`.
+        """Return work(self, *args), its wall-clock time added to that of earlier sessions.
 
         Raises Interrupted instead when the run was asked to stop.
         """
         self.leave_if_asked()
         began = time.perf_counter()
+        self.under_way = name, began - self.seconds.get(name, 0.0)
         value = work(self, *args)
-        self.seconds[name] = seconds = round(time.perf_counter() - began, 2)
+        seconds = round(time.perf_counter() - began, 2)
+        self.seconds[name], self.under_way = self.spent()[name], ("", 0.0)
         kind = name.partition("_")[0]  # "evaluate" or "export", the longest counts
         if seconds > self.measured.get(kind, 0.0):
             self.measured[kind] = seconds
@@ -232,6 +236,15 @@ class Run:
                 tokens = sum(result["num_tokens"] for result in value)
                 self.measured["evaluate_tokens"] = tokens / max(len(value), 1)
         return value
+
+    def spent(self) -> dict[str, float]:
+        """Return the seconds of every phase and in all, those of the sessions before included, as
+        far as they were saved; and "over_session"."""
+        name, began = self.under_way
+        running = {name: round(time.perf_counter() - began, 2)} if name else {}
+        now = self.session.spent()
+        now["total"] = round(now["total"] + self.begin.get("seconds", {}).get("total", 0.0), 2)
+        return self.seconds | running | now
 
     def leave_if_asked(self) -> None:
         """Raise Interrupted when a signal asked the run to stop; everything is saved then."""
@@ -310,7 +323,7 @@ def prepare(cfg: TrainConfig, session: Session | None = None) -> Run:
     _, params = load_pretrained(model_dir, dtype, mesh)
     return Run(
         cfg, model_cfg, params, tokenizer, train, unseen, rewards, mesh, rejects, prints, begin,
-        session, measured=dict(begin.get("measured", {})),
+        session, measured=dict(begin.get("measured", {})), seconds=dict(begin.get("seconds", {})),
     )  # fmt: skip
 
 

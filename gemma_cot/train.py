@@ -230,7 +230,7 @@ def finish(run: Run, results: dict[str, list[dict]], steps: dict[str, int]) -> N
     """Write summary.json and curves.svg, and print the table of the stages."""
     stages = {stage: summarise(rows) for stage, rows in results.items()}
     comparisons = compare_stages(results)
-    seconds = run.seconds | run.session.spent()
+    seconds = run.spent()
     summary = {
         "stages": stages,
         "comparisons": comparisons,

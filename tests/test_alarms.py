@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gemma_cot.alarms import HISTORY, WATCHED, WINDOW, keep_batch, onsets, skipped_in_a_row
-from gemma_cot.metrics import KEPT_ROWS, METRICS
+from gemma_cot.metrics import KEPT_ROWS, METRICS, MetricsWriter
 
 GOOD = {
     "stage": "grpo", "kl": 0.05, "entropy": 0.3, "completion_tokens": 80.0, "truncated_rate": 0.02,
@@ -117,6 +117,16 @@ def test_skipped_updates_are_counted_from_the_end():
         rows[step - 1]["skipped"] = 1.0
     assert skipped_in_a_row(rows) == 3 and skipped_in_a_row(rows[:3]) == 0
     assert skipped_in_a_row(rows[3:]) == 3 and skipped_in_a_row([]) == 0
+
+
+def test_a_resumed_run_still_knows_which_updates_were_skipped(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        for step, skipped in enumerate((1, 0, 1, 1), 1):
+            writer.write("grpo", step, {"skipped": skipped})
+    with MetricsWriter(tmp_path) as resumed:
+        assert skipped_in_a_row(list(resumed.rows)) == 2
+        resumed.write("grpo", 5, {"skipped": 1})
+        assert skipped_in_a_row(list(resumed.rows)) == 3
 
 
 def test_a_kept_batch_reads_back(tmp_path):

@@ -2,9 +2,12 @@
 
 import sys
 from functools import partial
+from types import SimpleNamespace
 
+import jax
 import pytest
 
+from gemma_cot import evaluation
 from gemma_cot.data import Encoded, Example
 from gemma_cot.evaluation import (
     RATES,
@@ -45,6 +48,34 @@ RESULTS = [
     result(4, domain="code", process=0.0, outcome=0.0, checkpoints_literal=0,
            checkpoints_normalised=0, num_tokens=14),
 ]  # fmt: skip
+
+
+def asked(monkeypatch, **settings) -> dict:
+    """Return what an evaluation of one row on two devices asks of the sampler."""
+
+    class Asked(Exception):
+        pass
+
+    def sample(params, cfg, lora, prompts, width, key, mesh, **rest):
+        raise Asked(rest | {"key": jax.random.key_data(key).tolist()})
+
+    monkeypatch.setattr(evaluation, "sample_prompts", sample)
+    row = Encoded(Example(1, "math", "p", "c", {}, {}), [2], [1])
+    batches = evaluation.evaluate_batches(
+        None, None, None, SimpleNamespace(stop_ids=(1, 5, 106), end_of_turn=106), [row],
+        SimpleNamespace(shape={"data": 2}), width=1, max_new_tokens=8, batch=6,
+        matcher="normalised", **settings,
+    )  # fmt: skip
+    with pytest.raises(Asked) as caught:
+        next(batches)
+    return caught.value.args[0]
+
+
+def test_an_evaluation_draws_by_its_seed_and_ends_at_every_stop_token(monkeypatch):
+    first, other, again = (asked(monkeypatch, seed=seed, temperature=1.0) for seed in (0, 1, 0))
+    assert first["key"] == again["key"] != other["key"]
+    assert first["temperature"] == 1.0 and asked(monkeypatch)["temperature"] == 0.0
+    assert first["stop_ids"] == (1, 5, 106) and first["slots"] == 3
 
 
 # ---- scoring ------------------------------------------------------------------------------------

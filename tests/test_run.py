@@ -27,6 +27,7 @@ from gemma_cot.results import KEYS, SUMMARY_KEYS
 from gemma_cot.resume import check_folder, digest, fingerprint
 from gemma_cot.rewards import read_rewards
 from gemma_cot.run import OUTPUTS, Run, open_run, prepare
+from gemma_cot.session import Session
 from gemma_cot.settings import config_from_flags, define_flags
 from gemma_cot.tokenizer import decode, encode
 
@@ -602,3 +603,20 @@ def test_a_refused_process_says_no_more_than_its_line(tmp_path):
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "run").exists()
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("error: Unknown command line flag 'lora'")
+
+
+def test_seconds_are_those_of_all_sessions(cfg, clock):
+    def work(run: Run) -> None:
+        clock.now += 5
+        saved.append(run.spent())
+        clock.now += 2
+
+    saved = []
+    for _ in range(2):
+        begin = {"seconds": saved[-1]} if saved else {}
+        run = bare(cfg, begin=begin, seconds=dict(begin.get("seconds", {})),
+                   session=Session(clock=lambda: clock.now))  # fmt: skip
+        clock.now += 1
+        run.timed("grpo", work)
+    assert saved == [{"grpo": 5.0, "total": 6.0}, {"grpo": 10.0, "total": 12.0}]
+    assert run.spent() == {"grpo": 12.0, "total": 14.0}

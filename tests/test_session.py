@@ -55,6 +55,30 @@ def test_the_first_turn_compiles_and_is_not_measured():
     assert (step, when) == (4, 70.0) and "10 s a GRPO step" in said[0]
 
 
+@pytest.mark.parametrize("before", [3, 4])
+def test_the_forecast_of_a_stage_knows_no_turn_of_the_stage_before(before):
+    clock, said = Clock(), []
+    session = Session("2h", said.append, clock)
+    for stage, steps, seconds in (("sft", before, 3.0), ("grpo", 4, 10.0)):
+        said.clear()
+        for step in range(steps):
+            assert session.turn(stage, step, 50, 30.0)
+            clock.now += seconds
+        clock.now += 1000.0  # its evaluation
+    assert len(said) == 1 and said[0].startswith("session: 10 s a GRPO step, measured on 2; ")
+
+
+def test_a_turn_of_several_steps_is_shared_among_them():
+    # 500 s less the 240 of three turns and 60 kept back leave 200: 20 steps of 10 s on top of 24
+    clock, said = Clock(), []
+    session = Session("500s", said.append, clock)
+    for step in range(0, 32, 8):
+        assert session.turn("grpo", step, 100, 60.0)
+        clock.now += 80.0
+    (line,) = said
+    assert "10 s a GRPO step, measured on 16; 44 of 100 steps fit" in line
+
+
 def test_the_forecast_of_a_run_that_fits_names_both_ends():
     step, _, said = turns("1h", 60, 10.0, 120.0)
     assert step == 60 and "all 60 steps would end at" in said[0]

@@ -21,10 +21,11 @@ from gemma_cot.config import PRESETS, TrainConfig, embedded
 from gemma_cot.grpo.loss import group_advantages
 from gemma_cot.grpo.reward import RewardError
 from gemma_cot.lora import load_peft, merge
-from gemma_cot.metrics import METRICS
+from gemma_cot.metrics import METRICS, MetricsWriter
 from gemma_cot.model.load import load_pretrained
 from gemma_cot.replay import begin_of, open_replay, replay, same_tokens
 from gemma_cot.results import read_results
+from gemma_cot.session import Session
 from gemma_cot.traces import PER_TOKEN, read_trace, traced_steps
 from gemma_cot.turn import first_adapter, next_batches, roll_out
 
@@ -102,6 +103,10 @@ def test_a_run_leaves_all_its_outputs(whole, capsys):
     assert all(row["ratio_max"] == 1.0 for row in rows if row["step"] % 2 and "ratio_max" in row)
     drift = [row["logp_drift_max"] for row in rows if row["stage"] == "grpo"]
     assert max(drift) < 1e-4  # the same network code in sampler and trainer, float32
+    rates = [row["learning_rate"] for row in rows]  # warm-up of one step, then a cosine to 0
+    cosine = [1, 0.5 + 0.5 / 2**0.5, 0.5, 0.5 - 0.5 / 2**0.5]
+    wanted = [2e-3, 1e-3, *(1e-3 * share for share in cosine)]
+    np.testing.assert_allclose(rates, wanted, rtol=1e-5)
     summary = json.loads(Path(f"{out}/summary.json").read_text())
     for stage in ("base", "sft", "grpo"):
         results = read_results(f"{out}/eval/{stage}.jsonl")
@@ -336,6 +341,55 @@ def test_export_evaluate_and_generate_agree_with_the_run(whole, tmp_path):
     generated = command("gemma_cot.generate", f"--adapter={whole.output_dir}/adapter", prompt)
     assert generated.returncode == 0, generated.stderr
     assert generated.stdout == wanted[0]["completion"] + "\n"
+
+
+@pytest.mark.parametrize("matcher", ["normalised", "literal"])
+def test_a_stage_is_evaluated_as_the_run_scores_and_only_what_is_left(tmp_path, matcher):
+    asked, done = [], [{"id": 1}]
+    run = SimpleNamespace(
+        cfg=TrainConfig(process_matcher=matcher, max_completion_tokens=7, eval_batch=3),
+        params=None, model_cfg=None, tokenizer=None, mesh=None, width=5, eval=["a", "b", "c"],
+        outcome=object(), watch=lambda stage: [], open_eval=lambda stage, step: (tmp_path, done),
+    )  # fmt: skip
+
+    def batches(params, cfg, lora, tokenizer, rows, mesh, **rest):
+        asked.append(rest | {"rows": rows})
+        return iter(())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "evaluate_batches", batches)
+        assert train.evaluate_stage(run, "sft", None, 2) == done
+    assert asked == [dict(
+        rows=["b", "c"], matcher=matcher, outcome=run.outcome, width=5, max_new_tokens=7, batch=3,
+        done=1, label="evaluate sft",
+    )]  # fmt: skip
+
+
+def test_a_sample_of_every_so_many_rollouts_is_shown(capsys):
+    def shown(every: int) -> list[str]:
+        rollouts = [
+            SimpleNamespace(number=number, completions=["c"], scores={"format": [1.0]},
+                            rows=[SimpleNamespace(example=SimpleNamespace(prompt=number))])
+            for number in range(5)
+        ]  # fmt: skip
+        train.show_samples(TrainConfig(sample_every=every), rollouts)
+        return [line[-1] for line in capsys.readouterr().out.splitlines() if "sample:" in line]
+
+    assert (shown(1), shown(2), shown(0)) == (["0", "1", "2", "3", "4"], ["0", "2", "4"], [])
+
+
+def test_the_summary_says_what_was_discarded_and_which_alarms_there_were(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        for step, skipped in enumerate((0, 1, 0), 1):
+            writer.write("grpo", step, {"skipped": skipped})
+    run = SimpleNamespace(
+        out=tmp_path, seconds={}, session=Session(), rejects=["rows.jsonl:3: blank"], canaries={},
+        reward_errors=[], mesh=SimpleNamespace(devices=np.array(["cpu"])),
+    )  # fmt: skip
+    train.finish(run, {}, {"sft": 0, "grpo": 3})
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["discarded"] == ["rows.jsonl:3: blank"]
+    assert [(one["stage"], one["step"]) for one in summary["alarms"]] == [("grpo", 2)]
 
 
 @pytest.mark.parametrize(
