@@ -25,7 +25,6 @@ from gemma_cot.metrics import METRICS, MetricsWriter
 from gemma_cot.model.load import load_pretrained
 from gemma_cot.replay import begin_of, open_replay, replay, same_tokens
 from gemma_cot.results import read_results
-from gemma_cot.session import Session
 from gemma_cot.traces import PER_TOKEN, read_trace, traced_steps
 from gemma_cot.turn import first_adapter, next_batches, roll_out
 
@@ -383,12 +382,12 @@ def test_the_summary_says_what_was_discarded_and_which_alarms_there_were(tmp_pat
         for step, skipped in enumerate((0, 1, 0), 1):
             writer.write("grpo", step, {"skipped": skipped})
     run = SimpleNamespace(
-        out=tmp_path, seconds={}, session=Session(), rejects=["rows.jsonl:3: blank"], canaries={},
+        out=tmp_path, spent=lambda: {"total": 3.0}, rejects=["rows.jsonl:3: blank"], canaries={},
         reward_errors=[], mesh=SimpleNamespace(devices=np.array(["cpu"])),
     )  # fmt: skip
     train.finish(run, {}, {"sft": 0, "grpo": 3})
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["discarded"] == ["rows.jsonl:3: blank"]
+    assert summary["discarded"] == ["rows.jsonl:3: blank"] and summary["seconds"] == {"total": 3.0}
     assert [(one["stage"], one["step"]) for one in summary["alarms"]] == [("grpo", 2)]
 
 
