@@ -106,8 +106,9 @@ class Run:
         folder, self.saved = self.out / "checkpoints", time.monotonic()
         if hosts.is_writer() and checkpoint.fault(folder / str(number)):  # not there, or broken
             finite = {n: v for n, v in metrics.items() if isinstance(v, float) and math.isfinite(v)}
+            seconds = {n: s for n, s in self.spent().items() if n != "over_session"}
             meta = {"stage": stage, "step": step, "metrics": finite, "measured": self.measured,
-                    "seconds": self.spent()}  # fmt: skip
+                    "seconds": seconds}  # fmt: skip
             keep = partial(
                 checkpoint.prune, folder, number, self.cfg.keep_checkpoints, self.cfg.keep_best
             )
@@ -239,12 +240,13 @@ class Run:
 
     def spent(self) -> dict[str, float]:
         """Return the seconds of every phase and in all, those of the sessions before included, as
-        far as they were saved; and "over_session"."""
+        far as they were saved; and "over_session" of this one."""
         name, began = self.under_way
         running = {name: round(time.perf_counter() - began, 2)} if name else {}
-        now = self.session.spent()
-        now["total"] = round(now["total"] + self.begin.get("seconds", {}).get("total", 0.0), 2)
-        return self.seconds | running | now
+        now, before = self.session.spent(), self.begin.get("seconds", {})
+        return self.seconds | running | now | {
+            "total": round(now["total"] + before.get("total", 0.0), 2)
+        }
 
     def leave_if_asked(self) -> None:
         """Raise Interrupted when a signal asked the run to stop; everything is saved then."""

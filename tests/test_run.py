@@ -620,3 +620,13 @@ def test_seconds_are_those_of_all_sessions(cfg, clock):
         run.timed("grpo", work)
     assert saved == [{"grpo": 5.0, "total": 6.0}, {"grpo": 10.0, "total": 12.0}]
     assert run.spent() == {"grpo": 12.0, "total": 14.0}
+
+
+def test_a_checkpoint_has_the_seconds_but_not_how_late_its_session_was(cfg, clock):
+    run = bare(cfg, seconds={"sft": 3.0}, session=Session("1s", clock=lambda: clock.now))
+    clock.now += 9
+    run.save("sft", 1, {"x": np.ones(1)}, {})
+    run.settle()
+    assert run.spent() == {"sft": 3.0, "total": 9.0, "over_session": 8.0}
+    meta = checkpoint.read_meta(run.out / "checkpoints", 1)
+    assert meta["seconds"] == {"sft": 3.0, "total": 9.0}
