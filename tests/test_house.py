@@ -1,10 +1,13 @@
 """The house rules that a machine can keep: who may import whom, sizes, tests that can fail."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 from mutation_check import MUTANTS
+
+import gemma_cot
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gemma_cot"
@@ -76,6 +79,17 @@ def test_imports_point_down(path):
                  "report")
         assert name in rooms, f"{name} has no place in LEVELS"
         assert not our_imports(path)
+
+
+def test_the_reading_order_is_import_order():
+    groups = re.findall(r"^ {4}[a-z ]{12}(.+)$", gemma_cot.__doc__, re.MULTILINE)
+    order = " ".join(groups).split()
+    paths = {module_name(path): path for path in SOURCES}
+    packages = {"lora": "lora.lora", "model.kernels": "model.kernels.tiles"}
+    for place, name in enumerate(order):
+        used = {packages.get(other, other) for other in our_imports(paths[name])}
+        assert used <= set(order[:place]), f"{name} uses what comes after it"
+    assert order[0] == "hosts" and order[-1] == "train"
 
 
 def test_rooms_keep_to_themselves():
