@@ -66,7 +66,13 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errn
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """Parse flags; unknown or malformed ones end the process before anything else happens."""
+    """Parse flags; unknown or malformed ones end the process before anything else happens.
+
+    All flags of this package are the command's own, so that --help shows them.
+    """
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        for flag in defined if module.startswith("gemma_cot") else ():
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     try:
         "".join(argv).encode()
         return flags.FLAGS(argv)
@@ -74,7 +80,7 @@ def _parse(argv: list[str]) -> list[str]:
         got = error.object[error.start :]
         _refuse(f"flags must be text in UTF-8, got {got!a:.60}; convert it")
     except flags.Error as error:
-        _refuse(f"{error}; --helpfull lists every flag")
+        _refuse(f"{error}; --help lists every flag")
 
 
 def trim_after_compiling() -> None:
@@ -125,7 +131,7 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> None:
     threading.excepthook = _warn_of_thread
     trim_after_compiling()
     if argv[1:]:
-        _refuse(f"arguments must be --flags, got {argv[1:]}; --helpfull lists every flag")
+        _refuse(f"arguments must be --flags, got {argv[1:]}; --help lists every flag")
     try:
         main()
     except (ValueError, RewardError) as error:

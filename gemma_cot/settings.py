@@ -77,8 +77,8 @@ def _define(values: flags.FlagValues, names: Sequence[str]) -> None:
     for item in dataclasses.fields(TrainConfig):
         if item.name in names:
             default = list(item.default) if isinstance(item.default, tuple) else item.default
-            presets = {name: below.get(item.name) for name, below in PRESETS.items()}
-            told = ", ".join(f"{name}: {x}" for name, x in presets.items() if x is not None)
+            presets = {name: below.get(item.name, default) for name, below in PRESETS.items()}
+            told = ", ".join(f"{name}: {x}" for name, x in presets.items() if x != default)
             text = item.metadata["help"] + f" ({told})" * bool(told)
             define[item.type](item.name, default, text, flag_values=values)
 

@@ -3,14 +3,17 @@ it gives memory back after compiling."""
 
 import ctypes
 import errno
+import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from gemma_cot import cli
+from gemma_cot.config import TrainConfig
 from gemma_cot.grpo.reward import RewardError
 
 
@@ -64,6 +67,15 @@ def test_a_flag_that_is_no_text_is_refused(capsys):
         cli._parse(["command", "--preset=\udcff"])
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith(r"error: flags must be text in UTF-8, got '\udcff'")
+
+
+def test_help_shows_every_flag_and_what_a_preset_makes_of_it():
+    command = [sys.executable, "-m", "gemma_cot.train", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True).stdout
+    missing = [item.name for item in fields(TrainConfig)
+               if not re.search(rf"^  --(\[no\])?{item.name}:", shown, re.MULTILINE)]  # fmt: skip
+    assert missing == [] and "--preset" in shown
+    assert re.search(r"--learning_rate: [^-]*\(tiny:\s+0.001\)", shown)
 
 
 def test_a_reader_that_goes_away_ends_no_command(tmp_path):
