@@ -243,10 +243,9 @@ class Run:
         far as they were saved; and "over_session" of this one."""
         name, began = self.under_way
         running = {name: round(time.perf_counter() - began, 2)} if name else {}
-        now, before = self.session.spent(), self.begin.get("seconds", {})
-        return self.seconds | running | now | {
-            "total": round(now["total"] + before.get("total", 0.0), 2)
-        }
+        phases, now = self.seconds | running, self.session.spent()
+        now["total"] = round(now["total"] + phases.pop("total", 0.0), 2)  # of the sessions before
+        return phases | now
 
     def leave_if_asked(self) -> None:
         """Raise Interrupted when a signal asked the run to stop; everything is saved then."""
