@@ -334,6 +334,12 @@ def test_refused_missing_folder(cfg, tmp_path):
         load_peft(tmp_path / "nothing", cfg)
 
 
+def test_refused_quantised_tensors(cfg, folder):
+    rewrite_tensors(folder, lambda tensors: {n: x.astype(np.int8) for n, x in tensors.items()})
+    with pytest.raises(ValueError, match="tensor .*lora_A.* in .*: must be float64, .* got I8"):
+        load_peft(folder, cfg)
+
+
 def without(name):
     return lambda tensors: {key: x for key, x in tensors.items() if key != name}
 

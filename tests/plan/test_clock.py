@@ -1,7 +1,12 @@
 """Seconds of an iteration and iterations of a session, from seconds that are powers of ten."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 
+from gemma_cot.config import TrainConfig
+from gemma_cot.plan.__main__ import session_hours
 from gemma_cot.plan.clock import KEPT_BACK, iteration, iterations_in_session
 
 SECONDS = {"prefill": 1.0, "decode": 10.0, "reference_logprobs": 100.0, "update": 1e3, "sft": 1e4,
@@ -28,3 +33,13 @@ def test_a_session_also_compiles_trains_sft_and_evaluates(make_setup, sft, grpo,
     assert iterations_in_session(setup, SECONDS, 7.0, session) == 3
     assert iterations_in_session(setup, SECONDS, 7.0, session - 1) == 2
     assert iterations_in_session(setup, SECONDS, 7.0, before - 1e6) == 0
+
+
+def test_a_session_has_a_number_of_hours():
+    ten_minutes = TrainConfig(session="10m")
+    for given, cfg, hours in ((3.0, ten_minutes, 3.0), (None, ten_minutes, 1 / 6),
+                              (None, TrainConfig(), 9.0)):  # fmt: skip
+        assert session_hours(cfg, SimpleNamespace(session_hours=given)) == pytest.approx(hours)
+    for given in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"^--session_hours: .*, got {given}; set 9"):
+            session_hours(ten_minutes, SimpleNamespace(session_hours=given))

@@ -143,9 +143,10 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_a_folder_for_the_report_gets_a_file_in_it(small_run, tmp_path):
-    done = command(f"--run={small_run}", f"--output={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "report.html").is_file()
+    for folder in (tmp_path, f"{tmp_path}/new/"):
+        done = command(f"--run={small_run}", f"--output={folder}")
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report.html").is_file() and (tmp_path / "new/report.html").is_file()
 
 
 def test_watching_a_run_ends_with_it(small_run, tmp_path):
