@@ -226,7 +226,7 @@ def updates(run: RunFiles) -> list[Finding]:
         found.append(
             Finding(
                 "watch",
-                f"{percent(ends(clipped)[1])} of tokens were clipped: but for CISPO no reward moved them.",
+                f"{percent(ends(clipped)[1])} of tokens were clipped (but for CISPO: unmoved).",
                 "A lower --learning_rate, or fewer updates a rollout (--prompts_per_rollout / "
                 "--mini_batch).",
             )

@@ -55,7 +55,7 @@ def test_a_quiet_run_gets_one_note():
         ({"completion_tokens": (80, 30)}, "watch", "Completions went from 78 to 32 tokens"),
         ({"repetition": (0.0, 0.3)}, "watch", "repeat an earlier one"),
         ({"entropy": (0.4, 0.04)}, "watch", "Entropy fell from 0.385 to 0.0553"),
-        ({"clip_share": (0.1, 0.4)}, "watch", "were clipped: but for CISPO no reward moved them"),
+        ({"clip_share": (0.1, 0.4)}, "watch", "were clipped (but for CISPO: unmoved)"),
         ({"logp_drift_mean": (1e-6, 1e-3)}, "watch", "that is no rounding"),
         ({"reward_process": (0.0, 0.0)}, "watch", "The reward process was never earned"),
         ({"reward_format": (0.99, 1.0)}, "note", "The reward format was earned nearly always"),
